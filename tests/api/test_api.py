@@ -157,6 +157,30 @@ def test_a_decoder_gets_the_labels_shifted():
     assert found["data"].count == 2
 
 
+def test_masks_may_be_larger_than_the_logits_of_a_segmentation():
+    model = nn.Conv2d(3, 4, 3, stride=2, padding=1)
+    images, masks = torch.randn(2, 3, 8, 8), torch.randint(4, (2, 8, 8))
+    found = regrow.evaluate(model, (images, masks))["data"]
+    logits = nn.functional.interpolate(model(images), size=(8, 8), mode="bilinear", align_corners=False)
+    assert found.loss == pytest.approx(float(nn.functional.cross_entropy(logits, masks)), rel=1e-5)
+    assert found.score == pytest.approx(float((logits.argmax(1) == masks).float().mean()))
+
+
+def test_a_loss_that_needs_no_training_mode_is_measured_without_dropout():
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = net(3)
+
+        def forward(self, inputs, starts):
+            hidden = nn.functional.dropout(inputs, 0.5, self.training)
+            return {"loss": nn.functional.cross_entropy(self.body(hidden), starts)}
+
+    batch = {"inputs": INPUTS, "starts": TARGETS["classification"]}
+    first, second = (regrow.evaluate(Head(), [batch])["data"].loss for _ in range(2))
+    assert first == second
+
+
 def test_finetuning_mixes_sets_of_data_and_takes_an_optimizer():
     class Watched(nn.Linear):
         seen: list[float] = []  # noqa: RUF012

@@ -106,7 +106,8 @@ class Call:
                     "example=torch.ones(1, 3, 224, 224), or data"
                 )
             first = sources[0].batches[0]
-            known_example, where = Example(first.args, first.kwargs), first.where
+            named = {name: value for name, value in first.kwargs.items() if not isinstance(value, list | tuple)}
+            known_example, where = Example(first.args, named), first.where
         if (device := device_of(model)).type != "meta":
             known_example = Example(
                 move_inputs(known_example.args, device), move_inputs(dict(known_example.kwargs), device)

@@ -37,8 +37,8 @@ def export(
         dtype: The dtype in which weights are stored; empty: the first of the format. ``"gguf"``: ``"f16"``, ``"f32"``,
             ``"bf16"``, ``"q8_0"``; ``"onnx"``: ``"float32"``, ``"int8"``; ``"transformers"``: that of the
             network, or ``"float32"``, ``"bfloat16"``, ``"float16"``.
-        example: For ``"onnx"``: the input with which the network is recorded, a tensor, a tuple of inputs, or a dict of
-            inputs by name; ``None``: that of the model that is loaded, or a guess.
+        example: The input with which the network is recorded or compared, a tensor, a tuple of inputs, or a dict of
+            inputs by name; ``None``: that of a model given by its name or folder, or a guess.
         progress: Called with (steps done, steps in all, what is being done).
 
     Returns:

@@ -1,19 +1,17 @@
 """Read what users pass to the Python interface: a network or its name, an example input, data, and a loss."""
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from regrow.core.axes import AxisGraph, Example
 from regrow.core.errors import InputError
-from regrow.core.objectives import IGNORED, LossFunction, Objective
-from regrow.core.sources import Batch, Source, device_of
+from regrow.core.objectives import LossFunction, Objective
+from regrow.core.sources import Batch, Source, device_of, find_decoder_inputs
 from regrow.data.batch_forms import ReadOptions
 from regrow.data.batches import INPUT_KEYS
 from regrow.nets import Loaded, Origin
@@ -89,25 +87,9 @@ def choose_reading(model: nn.Module, tokenizer: Any, batch_size: int, size: int 
     normalised = not isinstance(origin, Origin) or origin.normalised_images
     formats = {p.dtype for p in model.parameters() if p.is_floating_point()}
     dtype = formats.pop() if len(formats) == 1 else None
-    seq2seq = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    takes = "decoder_input_ids" in inspect.signature(model.forward).parameters
-    generates = seq2seq and takes and not type(model).__name__.endswith(("Classification", "QuestionAnswering"))
-    decoder_inputs = partial(_shift_right, model) if generates else None
-    return ReadOptions(
-        batch_size, tokenizer, size=size, shift=shift, normalised=normalised, dtype=dtype, decoder_inputs=decoder_inputs
-    )
-
-
-def _shift_right(model: Any, labels: Tensor) -> Tensor:
-    """Return the decoder's input for the tokens it is to predict, ``[sequences, tokens]``, as transformers makes it."""
-    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
-        return cast(Tensor, model.prepare_decoder_input_ids_from_labels(labels))
-    start, padding = model.config.decoder_start_token_id, model.config.pad_token_id
-    if start is None:
-        raise InputError("the decoder needs a first token; set model.config.decoder_start_token_id")
-    shifted = labels.roll(1, dims=1)
-    shifted[:, 0] = start
-    return shifted.masked_fill(shifted == IGNORED, padding or 0)
+    decoder_inputs = find_decoder_inputs(model)
+    reading = ReadOptions(batch_size, tokenizer, size=size, shift=shift, normalised=normalised, dtype=dtype)
+    return replace(reading, decoder_inputs=decoder_inputs)
 
 
 def find_side(inputs: Sequence[object]) -> int:

@@ -148,7 +148,7 @@ def finetune(
     *,
     epochs: int = 1,
     optimizer: OptimizerLike = "sgd",
-    lr: float = 0.01,
+    lr: float | None = None,
     weight_decay: float = 1e-4,
     decay: Literal["cosine", "constant"] = "cosine",
     warm_up: float = 0.0,
@@ -168,9 +168,9 @@ def finetune(
         data: The training data, as for :func:`regrow.prune`, with labels; or batches for a network that returns its
             own loss, as detection models do.
         epochs: Passes over the data, in which several sets are mixed; loaders among them come one after the other.
-        optimizer: ``"sgd"``, with Nesterov momentum 0.9; ``"adamw"``, for transformers, with a rate such as 1e-4; or a
-            function from parameter groups to an optimizer, which replaces ``lr`` and ``weight_decay``.
-        lr: The largest learning rate.
+        optimizer: ``"sgd"``, with Nesterov momentum 0.9; ``"adamw"``, for transformers; or a function from parameter
+            groups to an optimizer, which replaces ``lr`` and ``weight_decay``.
+        lr: The largest learning rate; ``None``: 0.01, of AdamW 0.0001.
         weight_decay: Weight decay.
         decay: ``"cosine"``: the learning rate falls to 0 over all steps; ``"constant"``: it does not.
         warm_up: The fraction of the steps over which the learning rate first rises to ``lr``.
@@ -204,7 +204,8 @@ def finetune(
         raise InputError("there are no data to train on; give data, for example a DataLoader or (inputs, labels)")
     if not any(p.requires_grad for p in inputs.model.parameters()):
         raise InputError("no parameter of the network has requires_grad; set it for what is to be trained")
-    schedule = Schedule("sgd", lr, weight_decay, decay, warm_up, clip=1.0, seed=seed)
+    rate = lr if lr is not None else 1e-4 if optimizer == "adamw" else 0.01
+    schedule = Schedule("sgd", rate, weight_decay, decay, warm_up, clip=1.0, seed=seed)
     schedule = with_optimizer(schedule, optimizer)
     with torch.enable_grad(), autocasting(inputs.model, precision):
         objective = inputs.objective

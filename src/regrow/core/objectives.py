@@ -91,15 +91,25 @@ class Objective:
 def class_loss(output: object, labels: object) -> Tensor:
     """Return the mean cross-entropy of class labels in nats, a scalar; the label −100 is not counted.
 
-    ``output``: holds logits (:func:`regrow.core.sources.logits_in`), ``[..., classes]`` or ``[N, classes, ...]``.
+    ``output``: holds logits (:func:`regrow.core.sources.logits_in`), ``[..., classes]`` or ``[N, classes, ...]``; of a
+    segmentation, they are resized to its masks.
 
     >>> round(float(class_loss(torch.zeros(2, 4), torch.tensor([1, -100]))), 4)
     1.3863
     """
-    logits, classes = logits_in(output), _check_tensor(labels)
+    classes = _check_tensor(labels)
+    logits = _resize(logits_in(output), classes)
     if logits.dim() > 2 and logits.shape[:-1] == classes.shape:
         logits, classes = logits.flatten(0, -2), classes.flatten()
     return F.cross_entropy(_to_float(logits), classes, ignore_index=IGNORED)
+
+
+def _resize(logits: Tensor, masks: Tensor) -> Tensor:
+    """Return the logits of a segmentation, ``[N, classes, h, w]``, at the size of its masks; others as they are."""
+    is_small = logits.dim() == 4 and masks.dim() == 3 and logits.shape[2:] != masks.shape[1:]
+    if not is_small or logits.shape[:-1] == masks.shape or len(logits) != len(masks):
+        return logits
+    return F.interpolate(logits, size=masks.shape[1:], mode="bilinear", align_corners=False)
 
 
 def class_score(output: object, labels: Tensor) -> Tensor:
@@ -107,7 +117,7 @@ def class_score(output: object, labels: Tensor) -> Tensor:
 
     The result is ``[positions]`` bool; positions with the label −100 are left out.
     """
-    logits = logits_in(output)
+    logits = _resize(logits_in(output), labels)
     if logits.shape[:-1] != labels.shape:  # [N, classes, …], as cross_entropy takes it
         logits = logits.movedim(1, -1)
     counted = labels != IGNORED

@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -119,12 +119,34 @@ class Source:
         return sum(int((batch.labels != -100).sum()) for batch in self.batches if batch.labels is not None)
 
 
+def find_decoder_inputs(model: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """Return the function that makes a decoder's input of the tokens it is to predict, ``[sequences, tokens]``.
+
+    That is how transformers trains its encoder-decoder models; of other networks, and of classifiers, ``None``.
+    """
+    config, name = getattr(model, "config", None), type(model).__name__
+    generates = getattr(config, "is_encoder_decoder", False) and not name.endswith(("Classification", "Answering"))
+    if not generates or "decoder_input_ids" not in inspect.signature(model.forward).parameters:
+        return None
+
+    def shift_right(labels: Tensor) -> Tensor:
+        if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+            return cast(Tensor, cast(Any, model).prepare_decoder_input_ids_from_labels(labels))
+        start, padding = cast(Any, config).decoder_start_token_id, cast(Any, config).pad_token_id
+        if start is None:
+            raise InputError("the decoder needs a first token; set model.config.decoder_start_token_id")
+        shifted = labels.roll(1, dims=1)
+        shifted[:, 0] = start
+        return shifted.masked_fill(shifted == -100, padding or 0)
+
+    return shift_right
+
+
 def to_example(example: object, model: nn.Module) -> Example:
     """Convert an example input: a tensor, a tuple or list of inputs, a dict of inputs by name, or a batch.
 
-    Labels in a dict are left out unless ``model`` takes them; of transformers, only encoder-decoder models need them to
-    run. Raise InputError for anything else, ``None`` and tuples
-    of integers (sizes) included. Tensors are not copied.
+    Labels in a dict are left out, but for networks of a user's own that take them; the input of a decoder is made of
+    them. Raise InputError for anything else, ``None`` and tuples of integers (sizes) included. Nothing is copied.
 
     >>> to_example({"input": torch.ones(1), "labels": torch.ones(1)}, nn.ReLU()).kwargs
     {'input': tensor([1.])}
@@ -142,10 +164,12 @@ def to_example(example: object, model: nn.Module) -> Example:
         case tuple() | list():
             return Example(tuple(example))
     if isinstance(example, Mapping):
-        config = getattr(model, "config", None)
-        is_plain = config is not None and not getattr(config, "is_encoder_decoder", False)
-        taken = set() if is_plain else {*inspect.signature(model.forward).parameters}
-        return Example((), {str(key): x for key, x in example.items() if key in taken or key not in LABEL_KEYS})
+        taken = {} if hasattr(model, "config") else inspect.signature(model.forward).parameters
+        named = {str(key): x for key, x in example.items() if key in taken or key not in LABEL_KEYS}
+        shift = find_decoder_inputs(model)
+        if shift and "decoder_input_ids" not in example and isinstance(labels := example.get("labels"), Tensor):
+            named["decoder_input_ids"] = shift(labels)
+        return Example((), named)
     raise InputError(
         f"example must be a tensor, a tuple of inputs or a dict of inputs by name, got a {type(example).__name__}; "
         "for example torch.ones(1, 3, 224, 224)"

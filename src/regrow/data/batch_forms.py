@@ -231,6 +231,8 @@ def _mapping_batch(item: dict[str, Any], where: str, reading: ReadOptions) -> Ba
     item = {key: _to_tensor(value, where) if key in TOKEN_KEYS else value for key, value in item.items()}
     labels = next((item.pop(key) for key in LABEL_KEYS if key in item), None)
     ids = item.get("input_ids")
+    if isinstance(labels, list | tuple) and labels and isinstance(labels[0], Mapping):
+        return Batch((), {**item, "labels": labels})  # detection: the network takes its targets as an input
     labels = _to_tensor(labels, where)
     given = "decoder_input_ids" in item or not isinstance(labels, Tensor) or labels.is_floating_point()
     if reading.decoder_inputs is not None and not given and labels.dim() == 2:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from regrow.core.objectives import IGNORED, NEXT_TOKEN, OWN, Objective, Score
+from regrow.core.errors import InputError
+from regrow.core.objectives import IGNORED, NEXT_TOKEN, OWN, Objective, Score, returned_loss
 from regrow.core.progress import Progress, silent
 from regrow.core.sources import Source, logits_in
 from regrow.core.tables import Table, format_html, format_text
@@ -83,19 +84,20 @@ def evaluate_objective(
     """Return mean loss and score of a network on a source, in eval mode; ValueError if no example has a label.
 
     ``outputs`` yields the network's output for each batch, if it is not in memory as a whole; ``None``: it is called. A
-    network whose ``objective`` is its own loss runs in training mode, but for norms and dropout.
+    network that returns its own loss in training mode alone runs in that, but for norms and dropout.
     """
     total = Score()
     batch_losses = list[tuple[float, int]]()  # of each batch: the mean loss, and the number of labelled positions
     windows = list[tuple[float, int]]()  # of each window of text: the summed loss, and the labelled positions
     measured = replace(objective, loss=partial(_window_loss, windows)) if objective is NEXT_TOKEN else objective
     with evaluating(model) as device:
-        if objective is OWN:  # such a network returns its losses in training mode only
-            for module in model.modules():
-                module.training = not isinstance(module, _BatchNorm | _DropoutNd)
         for done, batch in enumerate(source, start=1):
             batch = batch.to(device)
             output = batch.run(model) if outputs is None else next(outputs)
+            if objective is OWN and done == 1 and not _has_loss(output):  # detectors have one in training mode
+                for module in model.modules():
+                    module.training = not isinstance(module, _BatchNorm | _DropoutNd)
+                output = batch.run(model)
             if n := batch.size:  # of a batch without a label there is no mean
                 batch_losses.append((float(measured.compute_loss(output, batch)), n))
                 total += objective.compute_score(output, batch)
@@ -111,6 +113,15 @@ def evaluate_objective(
         text = Perplexity(source.name, tuple(loss for loss, _ in windows), tuple(n for _, n in windows))
         mean, error = text.mean, text.error
     return Evaluation(source.name, objective.name, mean, error, objective.metric, total.mean, total.error, count)
+
+
+def _has_loss(output: object) -> bool:
+    """Whether a network has returned its own loss."""
+    try:
+        returned_loss(output, None)
+    except InputError:
+        return False
+    return True
 
 
 def _window_loss(windows: list[tuple[float, int]], output: object, labels: object) -> Tensor:

@@ -107,6 +107,8 @@ def describe_call(model: nn.Module, example: Example) -> ExportedCall:
     if not outputs:
         raise ExportError("the network gives no tensor for the example; nothing can be written")
     text = tokens is not None and "logits" in outputs and outputs["logits"].shape[:-1] == tokens.shape
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)  # else it labels tokens
+    text = text and vocabulary in (None, outputs["logits"].shape[-1])
     return ExportedCall(run, inputs, tuple(outputs), text, max_length)
 
 
@@ -232,7 +234,8 @@ def compare_predictions(session: OnnxSession, tokenizer: object, lengths: Mappin
     tokens, differ, nats = 0, 0, torch.zeros(2, dtype=torch.float64)
     batches, text_name = _read_batches(session.call, tokenizer, lengths)
     for ids in batches:
-        inputs = {name: torch.ones_like(ids) if name == "attention_mask" else ids for name in session.call.inputs}
+        fixed = {"attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+        inputs = {name: fixed.get(name, ids) for name in session.call.inputs}
         ours, theirs = session.run(inputs)[0], session.run_torch(inputs)[0]
         tokens += ids.numel()
         differ += int((theirs.argmax(-1) != ours.argmax(-1)).sum())
