@@ -10,7 +10,7 @@ import torch
 
 from cli.conftest import Run
 from regrow import load
-from regrow.jobs import prune as prune_run
+from regrow.jobs import pruning_inputs
 from regrow.jobs.pruning_inputs import make_budget, read_pruning_settings
 from regrow.settings.prune import Settings
 from regrow.settings.words import format_command_line
@@ -69,15 +69,17 @@ def test_times_are_measured_once_for_a_run(
     regrow: Run, tiny_language_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ("prune", str(tiny_language_model), "--source", "manual", *SMALL, "--target", "ms=100%")
-    real = prune_run.collect_evidence
-    monkeypatch.setattr(prune_run, "collect_evidence", lambda *args, **more: (_ for _ in ()).throw(KeyboardInterrupt))
+    real = pruning_inputs.collect_evidence
+    monkeypatch.setattr(
+        pruning_inputs, "collect_evidence", lambda *args, **more: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     code, _, err = regrow(*words, "--out", "run")
     assert code == 130, err
     begun = RunFolder.open_unfinished("run")
     assert begun is not None
     first = begun.read_record()["timing"]
     assert set(first["names"].values()) == set(first["curves"]) and len(first["names"]) == 4
-    monkeypatch.setattr(prune_run, "collect_evidence", real)
+    monkeypatch.setattr(pruning_inputs, "collect_evidence", real)
     code, out, err = regrow(*words, "--out", "run")
     assert code == 0, err
     assert RunFolder.open("run").read_record()["timing"] == first

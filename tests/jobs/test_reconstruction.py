@@ -44,8 +44,8 @@ def test_the_cut_is_checked_then_reconstructed_then_measured(tmp_path: Path) -> 
     (row,) = (row for row in rows if row["what"] == "reconstruction")
     assert [layer["weight"] for layer in row["layers"]] == ["body.3.weight", "head.weight"]
     assert all(layer["after"] < layer["before"] and layer["ridge"] for layer in row["layers"])
-    assert "one source" in row["note"] and row["tokens"] == 256
-    assert "2 layers were fitted by least squares on 256 tokens" in to_html(read_runs([folder.path]))
+    assert "one set of data" in row["note"] and row["tokens"] == 256
+    assert "2 layers were fitted by least squares on 256 examples" in to_html(read_runs([folder.path]))
     assert "least squares" not in to_html(read_runs([plain.path]))
     accuracy = [[one["acc"] for one in of.metrics() if one["what"] == "choice"] for of in (plain, folder)]
     assert accuracy[1][0] == accuracy[0][0] and weights(folder) != weights(plain)

@@ -39,7 +39,7 @@ def test_a_recovery_run_takes_over_what_was_measured_and_measures_the_rest(prune
     words += ["--code", CODE]
     code = run_command(words)
     said = " ".join(capfd.readouterr().out.split())
-    assert not code and "Recovered by refit on 256 tokens" in said and "Before Pruned Recovered" in said
+    assert not code and "Recovered by refit on 256 examples" in said and "Before Pruned Recovered" in said
     folder = RunFolder.open(tmp_path / "out")
     rows = folder.metrics()
     assert [row["model"] for row in rows if row["what"] == "choice"] == ["dense", "pruned", "recovered"]

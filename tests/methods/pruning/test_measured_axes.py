@@ -60,7 +60,7 @@ def test_what_may_be_cut_is_measured(llama: tuple[nn.Module, AxisGraph, Source],
 
 
 def test_a_call_measures_what_it_may_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    from regrow.jobs import prune as prune_run
+    from regrow.jobs import pruning_inputs
 
     model, _ = lm(kv=3, rep=2, size=4, ff=24)
     data: Any = {"a": [(one.args[0], one.labels) for one in texts("a").batches]}
@@ -70,7 +70,7 @@ def test_a_call_measures_what_it_may_cut(monkeypatch: pytest.MonkeyPatch) -> Non
         measured.append(collect_evidence(*given, **more))
         return measured[-1]
 
-    monkeypatch.setattr(prune_run, "collect_evidence", collect_too)
+    monkeypatch.setattr(pruning_inputs, "collect_evidence", collect_too)
     _, plan = regrow.prune(model, data, method="flap", keep=0.9, only=("gate", "up", "down"))
     assert plan.changes
     assert {name.split(".")[-2] for name in measured[0].statistics["a"][0].moments} == {"down"}

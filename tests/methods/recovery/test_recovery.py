@@ -229,7 +229,7 @@ def test_refit_is_judged_on_the_source_that_is_left_out():
     assert {row["shrinkage"] for row in found["layers"]} <= {0.0, 0.5, 0.75, 1.0}
     alone, plain = language(), language()
     found = refit.refit(alone, refit.Settings(choose_on="left_out_source"))
-    assert "one source" in found["note"] and found["layers"] == refit.refit(plain, refit.Settings())["layers"]
+    assert "one set of data" in found["note"] and found["layers"] == refit.refit(plain, refit.Settings())["layers"]
     with pytest.raises(ValueError, match=r"choose_on must be one of held_out, left_out_source, got 'seen'"):
         refit.refit(language(), refit.Settings(choose_on="seen"))
 
