@@ -22,6 +22,7 @@ from regrow.api.inputs import (
     require_weights,
 )
 from regrow.core.axes import AxisGraph, Example
+from regrow.core.axes.axis import to_example
 from regrow.core.errors import InputError
 from regrow.core.objectives import Objective, choose_objective
 from regrow.core.progress import Progress, silent
@@ -32,7 +33,6 @@ from regrow.core.sources import (
     move_inputs,
     preserve_random_state,
     seed_generators,
-    to_example,
 )
 from regrow.data.batch_forms import ReadOptions
 from regrow.data.batches import to_sources

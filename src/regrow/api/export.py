@@ -7,9 +7,9 @@ from typing import Any, Literal
 from torch import nn
 
 from regrow.api.inputs import ModelLike
+from regrow.core.axes.axis import to_example
 from regrow.core.errors import InputError
 from regrow.core.progress import Progress, silent
-from regrow.core.sources import to_example
 from regrow.exporters import ExportResult
 from regrow.jobs.export import ExportInputs, export_network, open_named
 from regrow.jobs.recording import Invocation

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from regrow.core.axes import Example
+from regrow.core.axes.axis import to_example
 from regrow.core.errors import InputError
 from regrow.core.limits import read_text
-from regrow.core.sources import to_example
 from regrow.nets import Loaded, ModelError, Origin, example_for, replace_attention
 from regrow.nets.loaded import check_unchanged
 from regrow.store import probe
@@ -63,12 +63,10 @@ def save(
     """Write a model folder atomically: it holds all of the new model, or is unchanged.
 
     Args:
-        model: The network as it is now, or the result of :func:`regrow.nets.load` (its model may have been changed
-            since).
+        model: The network as it is now, or the result of :func:`regrow.nets.load`, whose model may have changed.
         folder: The folder; made if needed, other files in it stay. A model saved there before is replaced: at every
             moment the folder holds all of the old model or all of the new one.
-        origin: How to build the architecture, if ``model`` does not say. Without one, loading needs the network as
-            ``model=``.
+        origin: How to build the architecture, if ``model`` does not say. Else loading needs it as ``model=``.
         tokenizer: The tokenizer to save, if ``model`` does not bring one.
         dtype: The dtype in which floating-point weights are stored; unchanged if ``None``.
         example: An input that is stored with the network's output for it, so that loading can check the output: a

@@ -15,9 +15,10 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils._pytree import tree_leaves
 
 from regrow.core.axes import AxisGraph, Example
+from regrow.core.axes.axis import to_example
 from regrow.core.axes.operations import Tracer
 from regrow.core.errors import first_line
-from regrow.core.sources import Batch, to_example
+from regrow.core.sources import Batch
 from regrow.tracing.branches import list_candidates, with_branches
 from regrow.tracing.capture import Capture, TraceError, capture, complete_example, holds_numbers
 from regrow.tracing.graph import assemble

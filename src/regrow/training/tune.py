@@ -126,8 +126,7 @@ def finetune(
     """Train a network in place on the labels of all sources together.
 
     Batches in memory come in a new random order in each epoch; with a user's loader among the sources, these are read
-    one after the other. ``objective``: ``None``: chosen by the labels. Modes are restored. Raise ValueError if a source
-    has no batches.
+    one after the other. ``objective``: ``None``: by the labels. Modes are restored. ValueError for an empty source.
     """
     if empty := next((source for source in sources if not len(source)), None):
         raise ValueError(f"source {empty.name!r} is empty; give one with batches to train on")

@@ -1,5 +1,6 @@
 """One axis of a network, and tensor dimensions written in axes: fixed sizes, axis keys, products, concatenations."""
 
+import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -8,7 +9,10 @@ from math import gcd, prod
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from regrow.core.errors import InputError
+from regrow.core.sources import LABEL_KEYS, Batch, find_decoder_inputs
 
 
 @dataclass(frozen=True)
@@ -292,6 +296,40 @@ class Example:
 
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+def to_example(example: object, model: nn.Module) -> Example:
+    """Convert an example input: a tensor, a tuple or list of inputs, a dict of inputs by name, or a batch.
+
+    Labels in a dict are left out, but for networks of a user's own that take them; the input of a decoder is made of
+    them. Raise InputError for anything else, ``None`` and tuples of integers (sizes) included. Nothing is copied.
+
+    >>> to_example({"input": torch.ones(1), "labels": torch.ones(1)}, nn.ReLU()).kwargs
+    {'input': tensor([1.])}
+    """
+    match example:
+        case Example():
+            return example
+        case Batch():
+            return Example(example.args, example.kwargs)
+        case Tensor():
+            return Example((example,))
+        case tuple() | list() if example and all(isinstance(size, int) for size in example):
+            sizes = ", ".join(map(str, example))
+            raise InputError(f"example must hold tensors, got sizes; write torch.ones({sizes})")
+        case tuple() | list():
+            return Example(tuple(example))
+    if isinstance(example, Mapping):
+        taken = {} if hasattr(model, "config") else inspect.signature(model.forward).parameters
+        named = {str(key): x for key, x in example.items() if key in taken or key not in LABEL_KEYS}
+        shift = find_decoder_inputs(model)
+        if shift and "decoder_input_ids" not in example and isinstance(labels := example.get("labels"), Tensor):
+            named["decoder_input_ids"] = shift(labels)
+        return Example((), named)
+    raise InputError(
+        f"example must be a tensor, a tuple of inputs or a dict of inputs by name, got a {type(example).__name__}; "
+        "for example torch.ones(1, 3, 224, 224)"
+    )
 
 
 @dataclass
