@@ -1,7 +1,7 @@
 """Nats that run folders of SmolLM2-135M lose per token on four text domains that no included source has.
 
-    python benchmarks/unseen.py --texts FOLDER --runs RUN RUN2      # FOLDER: the files of recipes/corpora.py
-    python benchmarks/unseen.py --show
+    python recipes/unseen.py --texts FOLDER --runs RUN RUN2      # FOLDER: the files of corpora.py
+    python recipes/unseen.py --show
 
 16 windows of 512 tokens of Wikipedia, a novel, licences and conversations, in bfloat16, against the model that the runs
 started from. A row per run, with the command that made it; the error is the standard error over the four domains.
@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 import corpora
-from shared import add, arguments, rows, table
+from harness import add, arguments, rows, table
 from torch import no_grad
 
 from regrow import load
