@@ -166,6 +166,22 @@ def test_masks_may_be_larger_than_the_logits_of_a_segmentation():
     assert found.score == pytest.approx(float((logits.argmax(1) == masks).float().mean()))
 
 
+def test_images_in_a_list_are_an_example_and_their_targets_are_not():
+    class Sums(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = net(3)
+
+        def forward(self, images, targets=None):
+            out = self.body(torch.stack([image.flatten()[:6] for image in images]))
+            return {"loss": out.square().mean()} if targets is not None else out
+
+    batch = {"images": [INPUTS[0], INPUTS[1]], "targets": [{"boxes": INPUTS[2]}] * 2}
+    model, _ = regrow.prune(Sums(), [regrow.Batch((), batch)] * 2, method="magnitude", keep=0.5)
+    assert model.body[0].out_features == 8
+    assert regrow.evaluate(model, [batch])["data"].objective == "own"
+
+
 def test_a_loss_that_needs_no_training_mode_is_measured_without_dropout():
     class Head(nn.Module):
         def __init__(self):

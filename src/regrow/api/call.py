@@ -34,7 +34,7 @@ from regrow.core.sources import (
     preserve_random_state,
     seed_generators,
 )
-from regrow.data.batch_forms import ReadOptions
+from regrow.data.batch_forms import ReadOptions, are_targets
 from regrow.data.batches import to_sources
 from regrow.jobs.models import ModelSpec, attach_origin, load_model
 from regrow.jobs.recording import UNRECORDED, ActiveRun, FolderRecorder
@@ -106,7 +106,7 @@ class Call:
                     "example=torch.ones(1, 3, 224, 224), or data"
                 )
             first = sources[0].batches[0]
-            named = {name: value for name, value in first.kwargs.items() if not isinstance(value, list | tuple)}
+            named = {name: value for name, value in first.kwargs.items() if not are_targets(value)}
             known_example, where = Example(first.args, named), first.where
         if (device := device_of(model)).type != "meta":
             known_example = Example(

@@ -161,7 +161,7 @@ def finetune(
     recalibrate: bool = False,
     progress: Progress = silent,
 ) -> nn.Module:
-    """Train a network on all of the data, at a learning rate that falls as a half cosine.
+    """Train a network on all of the data.
 
     Args:
         model: The network, changed in place and left in the mode it was in; or a model's name or a run folder.

@@ -112,7 +112,7 @@ def show_progress() -> Iterator[Progress]:
 def _plain_progress() -> Progress:
     """Return a function that prints progress as lines: each new task, each tenth, and every ``LINE_SECONDS`` seconds.
 
-    The task is told by the first word of the text and the number of steps; the time left, by the steps seen.
+    Texts with one first word and number of steps belong to one task. The time left counts the steps seen alone.
     """
     last, began, first, tenth, task = 0.0, time.monotonic(), 0, -1, ("", 0)
 

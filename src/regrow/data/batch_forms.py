@@ -60,7 +60,7 @@ def to_batch(item: Any, where: str = "the batch", reading: ReadOptions = DEFAULT
         if len(item) == 1:
             return to_batch(item[0], where, reading)
         *inputs, last = item
-        if isinstance(last, Sequence) and last and isinstance(last[0], Mapping):
+        if are_targets(last):
             return Batch((*inputs, last))  # detection: the network takes its targets as an input
         if are_labels(last):
             if len(inputs) == 1 and isinstance(inputs[0], Mapping):
@@ -216,6 +216,11 @@ def _label_form(labels: Tensor | None) -> str:
     return "labels of floats" if labels.is_floating_point() else "labels of whole numbers"
 
 
+def are_targets(value: Any) -> bool:
+    """Whether a part of a batch holds the targets of a detector: a sequence of mappings, one per image."""
+    return isinstance(value, Sequence) and len(value) > 0 and isinstance(value[0], Mapping)
+
+
 def are_labels(value: Any) -> bool:
     """Whether a part of a batch may be labels: a tensor, an array, or a list of numbers."""
     if isinstance(value, list | tuple):
@@ -229,10 +234,10 @@ def _mapping_batch(item: dict[str, Any], where: str, reading: ReadOptions) -> Ba
     Labels stand under one of ``LABEL_KEYS``. They are checked here in these cases, else by whoever reads the batch.
     """
     item = {key: _to_tensor(value, where) if key in TOKEN_KEYS else value for key, value in item.items()}
+    if any(are_targets(item.get(key)) for key in LABEL_KEYS):
+        return Batch((), item)  # detection: the network takes its targets as an input
     labels = next((item.pop(key) for key in LABEL_KEYS if key in item), None)
     ids = item.get("input_ids")
-    if isinstance(labels, list | tuple) and labels and isinstance(labels[0], Mapping):
-        return Batch((), {**item, "labels": labels})  # detection: the network takes its targets as an input
     labels = _to_tensor(labels, where)
     given = "decoder_input_ids" in item or not isinstance(labels, Tensor) or labels.is_floating_point()
     if reading.decoder_inputs is not None and not given and labels.dim() == 2:

@@ -163,7 +163,7 @@ class Settings:
     )] = "minutes"
     distil: Annotated[int | None, Setting(
         "Tokens of the sources, over all together, on which the cut language model is trained to predict what the "
-        "model before the cut predicts. It takes about six times the memory of the model.",
+        "model before the cut predicts. It takes both models in memory, and five numbers more per parameter.",
         group=AFTER, range=Range(0, MAX_COUNT),
     )] = None
     undo: shared.Undo = True
