@@ -5,6 +5,7 @@ The shares are batches, or the examples of each batch (``by_rows``).
 Every rank holds the whole network.
 """
 
+import importlib
 import json
 import re
 import zlib
@@ -44,6 +45,8 @@ def connected(ranks: ProcessRank) -> Iterator[None]:
             f"{ranks} cannot reach the others ({' '.join(str(error).split())[:120]}); start {ranks.size} processes "
             "with torchrun, or with the same MASTER_ADDR and MASTER_PORT"
         ) from error
+    # Loaded while a group exists, as torch.export does, it keeps the group, whose threads then run on at exit.
+    importlib.import_module("torch.distributed.nn")
     try:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.device_count() and dist.is_nccl_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.size, timeout=WORK_TIMEOUT)
