@@ -59,8 +59,8 @@ def check_precision(model: nn.Module, precision: str) -> None:
 
 
 def choose_precision(model: nn.Module) -> str:
-    """Return ``"bfloat16"`` for weights of float32 on a processor with matrix units for it, else ``"float32"``."""
-    is_fast = device_of(model).type == "cuda" or torch.cpu._is_amx_tile_supported()
+    """Return ``"bfloat16"`` for weights of float32 on a processor that multiplies matrices in it, else ``"float32"``."""
+    is_fast = device_of(model).type == "cuda" or torch.cpu._is_avx512_bf16_supported()
     return "bfloat16" if is_fast and {p.dtype for p in model.parameters()} == {torch.float32} else "float32"
 
 
