@@ -1,6 +1,7 @@
 """What is chosen where no method is named: the run says so, and a named method is left as it is."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,10 @@ from torch import nn
 import regrow as package
 from cli.conftest import Run
 from regrow.core.errors import InputError
+from regrow.data import windows
+from regrow.jobs.inputs import read_sources
+from regrow.jobs.pruning_inputs import explain_too_little, make_source_specs, read_training_text
+from regrow.nets import load as load_named
 from regrow.settings.prune import RECOMMENDED, Settings, choose_defaults
 
 SMALL = ("--tokens", "512", "--eval-tokens", "256", "--seq-len", "64")
@@ -29,6 +34,7 @@ def test_a_language_model_gets_the_recommended_method_text_and_repair(regrow: Ru
     assert chosen == json.loads(json.dumps(RECOMMENDED["text"]))
     assert run["asked"]["method"] == "" and run["settings"]["precision"] in ("float32", "bfloat16")
     assert "note: chosen: --method flap --set allocation=measured" in " ".join(out.split())
+    assert run["settings"]["distil"] == 2**14 and "--distil 16384" in out
     code, _, err = regrow("prune", model, "--keep", "0.8", *SMALL, "--out", "run")
     assert code == 2 and "holds this very run, finished" in err
     code, _, err = regrow("prune", "--config", "run", model, "--out", "again")  # says what was chosen
@@ -50,6 +56,11 @@ def test_more_time_trains_a_language_model_after_the_cut(regrow: Run, tiny_langu
     taught, dense = package.load("taught"), package.load("taught/before")
     assert sum(p.numel() for p in taught.parameters()) < sum(p.numel() for p in dense.parameters())
     assert choose_defaults(Settings("m", time="hour"), "text").distil == 2**18
+    assert choose_defaults(Settings("m"), "text", 3 * 10**8).distil == 2**14
+    small, large, named = Settings("m", time="quick"), Settings("m"), Settings("m", method="flap")
+    assert not any(
+        choose_defaults(one, "text", n).distil for one, n in ((small, 1), (large, 3 * 10**8 + 1), (named, 1))
+    )
     code, _, err = regrow(*words, "--time", "hour", "--memory", "2GiB", "--out", "refused")
     assert code == 2 and "--time hour runs in one process without --memory" in err
     with pytest.raises(InputError, match="--distil trains language models"):
@@ -116,3 +127,23 @@ def test_a_plan_and_evaluations_are_printed_in_a_screen() -> None:
         assert str(shown).count("\n") < 30 and "more" in str(shown)
         assert "<table>" in shown._repr_html_()
     assert repr(plan) == str(plan) and len(repr(scores)) < 3000
+
+
+def test_training_takes_other_text_than_calibration(tiny_language_model: Path) -> None:
+    loaded = load_named(str(tiny_language_model))
+    settings = Settings("m", sources=("news", "talk", "generated"), tokens=512, seq_len=64, distil=2048)
+    used = read_sources(make_source_specs(settings), loaded).calibration
+    taught = read_training_text(settings, loaded, used)
+    assert [one.name for one in taught] == ["news", "talk"] and sum(one.tokens for one in taught) > 1900
+    rows = {tuple(row.tolist()) for one in used[:2] for batch in one for row in batch.args[0]}
+    assert not any(tuple(row.tolist()) in rows for one in taught for batch in one for row in batch.args[0])
+    assert explain_too_little(read_training_text(replace(settings, sources=("generated",)), loaded, ())) != ""
+
+
+def test_in_python_a_language_model_is_trained_after_the_cut(tiny_language_model: Path, tmp_path: Path) -> None:
+    loaded = load_named(str(tiny_language_model))
+    text = windows(package.data.text("talk"), loaded.tokenizer, n=20, seq_len=64)
+    package.prune(loaded.model, {"talk": text}, tokenizer=loaded.tokenizer, keep=0.8, batch_size=1, out=tmp_path / "run")
+    rows = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    (row,) = [row for row in rows if row["what"] == "distillation"]
+    assert row["steps"] >= 1 and row["tokens"] == text.tokens

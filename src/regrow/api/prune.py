@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from regrow.api.call import Call
 from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, Precision
@@ -19,14 +19,14 @@ from regrow.core.errors import InputError
 from regrow.core.objectives import NEXT_TOKEN
 from regrow.core.plan import Plan
 from regrow.core.progress import Progress, silent
-from regrow.core.sources import Source, preserve_random_state
+from regrow.core.sources import Batch, Source, preserve_random_state
 from regrow.jobs.inputs import SourceHalves
 from regrow.jobs.progress_bar import ensure_progress
 from regrow.jobs.prune import PruneInputs, prune_network
 from regrow.jobs.recording import ActiveRun
 from regrow.jobs.run_networks import WholeNetwork
 from regrow.methods.recovery.refit_work import check_lengths
-from regrow.settings.prune import Settings, choose_defaults
+from regrow.settings.prune import DISTILLATION, Settings, choose_defaults
 
 
 def prune(
@@ -52,7 +52,7 @@ def prune(
     regular: bool = False,
     settings: Mapping[str, Any] | None = None,
     reconstruct: bool | None = None,
-    time: Literal["minutes", "hour", "night"] = "minutes",
+    time: Literal["quick", "minutes", "hour", "night"] = "minutes",
     seed: int = 0,
     out: str | Path | None = None,
     progress: Progress = silent,
@@ -82,7 +82,7 @@ def prune(
         regular: Whether every block gets the same widths.
         settings: Settings of the method.
         reconstruct: Whether layers that read cut units are fitted to dense outputs by least squares after the cut.
-        time: ``"hour"``, ``"night"``: a cut language model is taught by the uncut one, on 2¹⁸ or 2²¹ tokens of data.
+        time: The uncut language model teaches the cut one on 0, 2¹⁴, 2¹⁸ or 2²¹ tokens (minutes: without ``method``).
         seed: The random seed of methods that draw, and of training.
         out: The folder of a run, which the same call resumes and every command takes; ``None``: nothing is written.
         progress: Called with (batches done, batches in all, what is being done).
@@ -148,11 +148,20 @@ def _take_tokens(source: Source, tokens: int) -> Source:
     return replace(source, batches=batches)
 
 
+def _leave_out(source: Source, held_out: Sequence[Batch]) -> Source:
+    """Return a source without batches on which training is judged; that of a loader, or of these alone, as it is."""
+    if not isinstance(source.batches, list | tuple):
+        return source
+    rest = [batch for batch in source.batches if not any(batch is other for other in held_out)]
+    return replace(source, batches=rest or source.batches)
+
+
 def _open_inputs(call: Call, config: Settings, run: ActiveRun) -> PruneInputs:
     """Load the network if it is named, trace it unless its axes are given, read the data, and choose what is open."""
     inputs = call.read(run.progress)
     reconstruct = config.reconstruct
-    config = replace(choose_defaults(config, _find_kind(inputs)), sources=())
+    parameters = sum(map(Tensor.numel, inputs.loaded.model.parameters()))
+    config = replace(choose_defaults(config, _find_kind(inputs), parameters), sources=())
     with run.stage("trace"):
         axes = inputs.trace() if call.axes is None else call.axes
     if config.reconstruct:
@@ -163,15 +172,17 @@ def _open_inputs(call: Call, config: Settings, run: ActiveRun) -> PruneInputs:
                 if reconstruct:  # asked for
                     raise
                 config = replace(config, reconstruct=False)
-    taught_on: tuple[Source, ...] = ()
+    taught_on, calibration = list[Source](), list(inputs.sources)
     if config.distil:
-        taught_on = tuple(_take_tokens(source, config.distil // len(inputs.sources)) for source in inputs.sources)
+        taught_on = [_take_tokens(source, config.distil // len(inputs.sources)) for source in inputs.sources]
+        pairs = zip(inputs.sources, taught_on, strict=True)
+        calibration = [_leave_out(source, taught.held_out(DISTILLATION["held_out"])[1]) for source, taught in pairs]
     network = WholeNetwork(inputs.for_saving())
     return PruneInputs(
         config,
         network,
         axes,
-        SourceHalves(inputs.sources, inputs.tests),
+        SourceHalves(tuple(calibration), inputs.tests),
         taught_on=taught_on,
         objective=inputs.objective,
         python_call=call.describe_inputs(inputs, network.sum_parameters),

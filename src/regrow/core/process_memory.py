@@ -4,8 +4,8 @@ import ctypes
 import os
 import sys
 from bisect import bisect_right
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from mmap import PAGESIZE
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # numbers of parameters in malloc.h
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -3, -4, -8  # numbers of parameters in malloc.h
 _MADV_PAGEOUT = 21
 # The fewest bytes of memory-mapped tensors for which it is worth asking to reclaim their pages
 LEAST_MAPPED_BYTES = 2**26
@@ -51,6 +51,22 @@ def set_mmap_threshold(size_bytes: int, kept_bytes: int = 0) -> None:
     _call_c_library("mallopt", _MMAP_THRESHOLD, size_bytes)
     if kept_bytes:
         _call_c_library("mallopt", _TRIM_THRESHOLD, kept_bytes)
+
+
+@contextmanager
+def keep_memory() -> Iterator[None]:
+    """Context manager in which the C library keeps freed memory, so that large arrays reuse pages instead of new ones.
+
+    A training step of a language model makes and frees gigabytes; fetching their pages took a third of its time.
+    """
+    _call_c_library("mallopt", _MMAP_MAX, 0)
+    _call_c_library("mallopt", _TRIM_THRESHOLD, 2**31 - 1)
+    try:
+        yield
+    finally:
+        _call_c_library("mallopt", _MMAP_MAX, 65536)
+        _call_c_library("mallopt", _TRIM_THRESHOLD, 2**25)
+        return_memory()
 
 
 def share_cores() -> None:

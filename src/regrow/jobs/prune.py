@@ -7,13 +7,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from regrow import evaluation
 from regrow.core.axes import AxisGraph
 from regrow.core.budget import Budget
 from regrow.core.errors import InputError, RefusedError, ResourceError
-from regrow.core.names import GENERATED
 from regrow.core.objectives import Objective
 from regrow.core.plan import Plan
 from regrow.core.process_memory import reset_peak
@@ -34,11 +33,12 @@ from regrow.jobs.models import load_model, trace_loaded
 from regrow.jobs.pruning_inputs import (
     calibrate,
     check_pruning,
-    join_windows,
+    explain_too_little,
     make_budget,
     make_model_spec,
     make_pruner,
     make_source_specs,
+    read_training_text,
     with_timing,
 )
 from regrow.jobs.recording import ActiveRun, Invocation, RunStart
@@ -51,10 +51,11 @@ from regrow.nets import Loaded
 from regrow.nets.devices import autocasting, check_precision, choose_precision
 from regrow.settings.declaration import check_settings
 from regrow.settings.prune import (
+    DISTILLATION,
     Settings,
     choose_defaults,
     describe_choice,
-    make_distillation_settings,
+    explain_training,
     make_reconstruction_settings,
 )
 from regrow.store.errors import StoreError
@@ -115,15 +116,19 @@ def prune_network(
             problem = f"reconstruct fits on data of which it holds a part out, and there are {batches} batches"
             raise InputError(f"{problem}; give more data")
         settings = replace(settings, reconstruct=False)
+    if settings.distil and (problem := explain_too_little(opened.taught_on)):
+        if explain_training(asked):
+            raise InputError(
+                f"{problem} for distil={settings.distil:,} tokens; give more, or leave distil and time out"
+            )
+        settings = replace(settings, distil=0)
     defaults = find_method(MethodKind.PRUNING, settings.method).defaults({*settings.method_settings, "seed"})
     if settings.reconstruct:
         fit = find_method(MethodKind.RECOVERY, "refit").defaults({}) | make_reconstruction_settings(settings.sources)
         defaults |= {f"reconstruct {name}": value for name, value in fit.items()}
     if settings.distil:
-        values = make_distillation_settings(settings.batch_size or 1)
-        values = find_method(MethodKind.RECOVERY, "distil").defaults({}) | values
-        defaults |= {f"distil {name}": value for name, value in values.items()}
-        opened = replace(opened, taught_on=[join_windows(source, settings) for source in opened.taught_on])
+        training = find_method(MethodKind.RECOVERY, "distil").defaults({}) | DISTILLATION
+        defaults |= {f"distil {name}": value for name, value in training.items()}
     identity = {"verb": "prune", "settings": asdict(settings), "defaults": defaults, "asked": asdict(asked)}
     axes = with_droppable_modules(method, model, opened.axes)
     check_same_inputs(run.ranks, [network.opened.weights if isinstance(network, BlockwiseNetwork) else model], data)
@@ -245,9 +250,9 @@ class PruneJob:
         run, settings, loaded = self.run, self.settings, self.inputs.network.loaded
         task = RecoveryTask(loaded.model, dense, self.inputs.axes, plan, self.inputs.taught_on, settings.seed)
         task = replace(task, objective=self.inputs.objective, progress=run.progress)
-        values, origin = make_distillation_settings(settings.batch_size or 1), loaded.origin.record()
+        origin = loaded.origin.record()
         with run.stage("distil"), torch.enable_grad():
-            row = recover(run.record, task, "distil", values, origin=origin, precision=settings.precision)
+            row = recover(run.record, task, "distil", DISTILLATION, origin=origin, precision=settings.precision)
         run.record.log("distillation", row)
 
     def _measure(self, axes: AxisGraph, name: str) -> dict[str, evaluation.Perplexity]:
@@ -281,8 +286,9 @@ def open_named(settings: Settings, invocation: Invocation, run: ActiveRun) -> Pr
         settings = choose_defaults(settings, "text, in parts")
     elif run.ranks.several and settings.reconstruct is None:
         settings = replace(settings, reconstruct=False, precision=settings.precision or "float32")
-    if (settings.distil or settings.time != "minutes") and (invocation.memory or run.ranks.several):
-        option = "--distil" if settings.time == "minutes" else f"--time {settings.time}"
+    if run.ranks.several and settings.distil is None and settings.time == "minutes":
+        settings = replace(settings, distil=0)
+    if (option := explain_training(settings)) and (invocation.memory or run.ranks.several):
         raise InputError(
             f"{option} runs in one process without --memory; use `regrow recover RUN --by distil` after it"
         )
@@ -302,17 +308,12 @@ def open_named(settings: Settings, invocation: Invocation, run: ActiveRun) -> Pr
             kind = "text" if network.loaded.tokenizer is not None else "examples" if settings.sources else "no data"
             if kind == "text" and not (settings.method or settings.precision or settings.target.startswith("ms")):
                 settings = replace(settings, precision=choose_precision(network.loaded.model))
-            settings = choose_defaults(settings, kind)
+            settings = choose_defaults(settings, kind, sum(map(Tensor.numel, network.loaded.model.parameters())))
         specs = make_source_specs(settings)
         data = read_sources(specs, network.loaded)
         taught_on: Sequence[Source] = ()
         if settings.distil:
-            written = replace(settings, sources=tuple(name for name in settings.sources if name != GENERATED))
-            if not written.sources:
-                raise InputError(
-                    "--distil trains on text of sources that are not generated; give one, like --source news"
-                )
-            taught_on = read_sources(make_source_specs(written, settings.distil), network.loaded).calibration
+            taught_on = read_training_text(settings, network.loaded, data.calibration)
     with run.stage("trace"):
         axes = trace_loaded(network.loaded) if axes is None else axes
     return PruneInputs(settings, network, axes, data, specs, taught_on, memory=memory)

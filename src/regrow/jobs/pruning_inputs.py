@@ -9,8 +9,7 @@ from torch import nn
 from regrow.core.amounts import Measure, Target
 from regrow.core.axes import Axis, AxisGraph, Mark
 from regrow.core.budget import Budget, Timing
-from regrow.core.errors import InputError
-from regrow.core.names import names_function
+from regrow.core.names import GENERATED, names_function
 from regrow.core.objectives import Objective
 from regrow.core.progress import Progress, silent
 from regrow.core.scores import Evidence, Need, Statistics
@@ -18,13 +17,14 @@ from regrow.core.sources import Source
 from regrow.data.batch_streams import join_batches
 from regrow.distributed.parallel import broadcast_record
 from regrow.evaluation.timing import time_widths
-from regrow.jobs.inputs import SourceSpecs
+from regrow.jobs.inputs import SourceSpecs, count_windows, read_sources
 from regrow.jobs.measuring import make_timed_input
 from regrow.jobs.models import ModelSpec
 from regrow.jobs.recording import ActiveRun
 from regrow.jobs.run_networks import PrunedNetwork
 from regrow.methods import MethodKind, find_method
 from regrow.methods.pruning.pruner import Pruner, check_pruner
+from regrow.nets import Loaded
 from regrow.nets.load import check_code
 from regrow.scoring.collect import CollectionOptions, check_sources, collect
 from regrow.settings.prune import Settings
@@ -166,14 +166,31 @@ def check_pruning(pruner: Pruner, axes: AxisGraph, budget: Budget, sources: Sequ
     check_pruner(pruner, axes, budget)
 
 
-def join_windows(source: Source, settings: Settings) -> Source:
-    """Return a source to distil on with its batches joined; InputError if it has too little text, or no labels."""
-    joined = join_batches(source, settings.batch_size or 1)
-    joined = joined if len(joined) > 1 else source
-    if len(joined) < 2 or joined.batches[0].labels is None:
-        problem = f"source {source.name!r} has too little text with labels for distil={settings.distil:,} tokens"
-        raise InputError(f"{problem}; give more tokens or text, or leave distil and time out")
-    return joined
+def read_training_text(settings: Settings, loaded: Loaded, calibration: Sequence[Source]) -> list[Source]:
+    """Return ``settings.distil`` tokens of the written sources, over all together, in windows that calibration lacks.
+
+    On windows that layers were fitted on a network is too good for training to be judged, and learns less.
+    """
+    written = tuple(name for name in settings.sources if name != GENERATED)
+    if not written:
+        return []
+    tokens = settings.distil or 0
+    total = tokens + settings.tokens * len(written)
+    whole = read_sources(make_source_specs(replace(settings, sources=written), total), loaded).calibration
+    used = [source for source in calibration if source.name != GENERATED]
+    known = {batch.args[0].numpy().tobytes() for source in used for batch in source}
+    n = count_windows(tokens // len(written), settings.seq_len)
+    new = [[batch for batch in source if batch.args[0].numpy().tobytes() not in known][:n] for source in whole]
+    pairs = zip(whole, new, strict=True)
+    return [join_batches(replace(source, batches=batches), 2) for source, batches in pairs]  # two run faster than one
+
+
+def explain_too_little(sources: Sequence[Source]) -> str:
+    """Return why a cut network cannot be trained on sources, for lack of text or labels; empty: it can."""
+    if not sources:
+        return "no source has written text"
+    few = next((source for source in sources if len(source) < 2 or source.batches[0].labels is None), None)
+    return f"source {few.name!r} has too little text with labels" if few else ""
 
 
 def calibrate(

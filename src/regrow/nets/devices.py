@@ -59,7 +59,7 @@ def check_precision(model: nn.Module, precision: str) -> None:
 
 
 def choose_precision(model: nn.Module) -> str:
-    """Return ``"bfloat16"`` for weights of float32 on a processor that multiplies matrices in it, else ``"float32"``."""
+    """Return ``"bfloat16"`` for weights of float32 on a processor that multiplies in it, else ``"float32"``."""
     is_fast = device_of(model).type == "cuda" or torch.cpu._is_avx512_bf16_supported()
     return "bfloat16" if is_fast and {p.dtype for p in model.parameters()} == {torch.float32} else "float32"
 

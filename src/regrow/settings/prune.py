@@ -50,13 +50,12 @@ RECOMMENDED: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def make_distillation_settings(batch_size: int) -> dict[str, object]:
-    """Return the settings of the recovery ``distil`` after a cut: 8 windows, in batches of this many, make a step."""
-    return {"passes": 1, "windows": max(1, 8 // batch_size)}
-
-
+# Settings of the recovery ``distil`` after a cut.
+DISTILLATION = {"passes": 1, "windows": 2, "checks": 1, "held_out": 1 / 16}
 # ``--time`` → tokens of text on which a cut language model is trained.
-DISTILLED_TOKENS = {"minutes": 0, "hour": 2**18, "night": 2**21}
+DISTILLED_TOKENS = {"quick": 0, "minutes": 2**14, "hour": 2**18, "night": 2**21}
+# Without ``--method`` and ``--time``, larger language models are not trained: it takes six times their memory.
+MOST_TRAINED = 300_000_000
 
 
 @dataclass(frozen=True)
@@ -157,8 +156,8 @@ class Settings:
         group=AFTER,
     )] = None
     time: Annotated[str, Setting(
-        "How much work goes into the result, in fixed amounts: for language models --distil 0, 262144 or 2097152. The "
-        "names hold for 135M parameters on two CPU cores.",
+        "How much work goes into the result, in fixed amounts: for language models --distil 0, 16384, 262144 or "
+        "2097152. The names hold for 135M parameters on two CPU cores. A named method comes without the 16384.",
         group=AFTER, choices=tuple(DISTILLED_TOKENS),
     )] = "minutes"
     distil: Annotated[int | None, Setting(
@@ -188,13 +187,22 @@ class Settings:
         shared.check_formats(self.precision, dtype=self.dtype, measure=unit)
 
 
-def choose_defaults(settings: Settings, kind: str) -> Settings:
-    """Return settings with what was left open: nothing is added to a named method; else ``RECOMMENDED`` of a kind."""
-    chosen = {} if settings.method else RECOMMENDED[kind]
-    tokens = DISTILLED_TOKENS[settings.time]
-    if not kind.startswith("text") and (tokens or settings.distil):
-        option = "--distil" if settings.time == "minutes" else f"--time {settings.time}"
+def explain_training(settings: Settings) -> str:
+    """Return the option by which the user asks that the cut language model is trained; empty: none."""
+    asked = {f"--time {settings.time}": settings.time in ("hour", "night"), "--distil": settings.distil}
+    return next((option for option, given in asked.items() if given), "")
+
+
+def choose_defaults(settings: Settings, kind: str, parameters: int = 0) -> Settings:
+    """Return settings with what was left open: nothing is added to a named method; else ``RECOMMENDED`` of a kind.
+
+    ``parameters``: how many the network has; a large one is not trained by default.
+    """
+    chosen, option = {} if settings.method else RECOMMENDED[kind], explain_training(settings)
+    if option and not kind.startswith("text"):
         raise InputError(f"{option} trains language models; leave it out, and train after the cut, as by --finetune")
+    trains = option or (chosen and kind == "text" and parameters <= MOST_TRAINED)
+    tokens = DISTILLED_TOKENS[settings.time] if trains else 0
     defaults = {"round_to": 1, "reconstruct": False, "precision": "float32", "distil": tokens or None, **chosen}
     left_open = {name: value for name, value in defaults.items() if getattr(settings, name) in (None, "", (), {})}
     return replace(settings, **left_open)

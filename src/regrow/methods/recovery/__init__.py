@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from regrow.core.axes import AxisGraph
 from regrow.core.objectives import Objective, choose_objective
 from regrow.core.plan import Plan
+from regrow.core.process_memory import keep_memory
 from regrow.core.progress import Progress, silent
 from regrow.core.sources import Batch, Source, device_of, draw_batches
 from regrow.distributed.parallel import ALONE, Parallel, everywhere
@@ -186,7 +187,8 @@ def fit_recovery(
             write_checkpoint(task.checkpoint, task.model, state, trained_only=True, header=task.header())
 
     options = FitOptions(checkpoint=write, seconds=SECONDS, progress=task.progress, parallel=task.parallel)
-    fitted = fit(task.model, NO_AXES, [phase], learner, schedule, state=_read_state(task), options=options)
+    with keep_memory():
+        fitted = fit(task.model, NO_AXES, [phase], learner, schedule, state=_read_state(task), options=options)
     result = fitted.state.learner
     restore_best(task.model, result)
     return {"steps": steps, "best": result.best_check.step, "history": [asdict(check) for check in result.history]}

@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from regrow.core.sources import Batch, labelled_logits, logits_in
 from regrow.methods.recovery import Recovery, RecoveryTask, fit_recovery
@@ -21,6 +23,7 @@ from regrow.settings.constraints import CheckedSettings, Count, Fraction, OpenFr
 from regrow.training.hooks import freeze
 
 CITATION = "Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network, 2015, arXiv:1503.02531"
+PIECE = 2**22  # logits of which the divergence is computed at a time
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,29 @@ def compute_divergence(logits: Tensor, dense: Tensor, temperature: float = 1.0) 
     >>> bool(compute_divergence(torch.ones(2, 3), torch.zeros(2, 3)).abs() < 1e-6)
     True
     """
-    student, teacher = ((z.float() / temperature).log_softmax(-1) for z in (logits, dense))
-    return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+    return cast(Tensor, _Divergence.apply(logits, dense, temperature))
+
+
+class _Divergence(torch.autograd.Function):
+    """The divergence, and its gradient by the logits in the same pass, some positions at a time to save memory."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, dense: Tensor, temperature: float) -> Tensor:
+        gradient, total = torch.empty_like(logits, dtype=torch.float32), logits.new_zeros((), dtype=torch.float32)
+        size = max(1, PIECE // logits.shape[-1])
+        for part, z, z_dense in zip(gradient.split(size), logits.split(size), dense.split(size), strict=True):
+            student, teacher = ((x.float() / temperature).log_softmax(-1) for x in (z, z_dense))
+            total += F.kl_div(student, teacher, reduction="sum", log_target=True)
+            torch.sub(student.exp_(), teacher.exp_(), out=part)
+        ctx.save_for_backward(gradient.mul_(temperature).div_(len(logits)))
+        ctx.dtype = logits.dtype
+        return total * temperature**2 / len(logits)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_loss: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * of_loss).to(ctx.dtype), None, None
 
 
 def _compute_loss(task: RecoveryTask, batch: Batch, *, settings: Settings) -> Tensor:
