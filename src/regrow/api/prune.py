@@ -172,17 +172,18 @@ def _open_inputs(call: Call, config: Settings, run: ActiveRun) -> PruneInputs:
                 if reconstruct:  # asked for
                     raise
                 config = replace(config, reconstruct=False)
-    taught_on, calibration = list[Source](), list(inputs.sources)
+    taught_on, calibration = list[Source](), inputs.sources
     if config.distil:
         taught_on = [_take_tokens(source, config.distil // len(inputs.sources)) for source in inputs.sources]
         pairs = zip(inputs.sources, taught_on, strict=True)
-        calibration = [_leave_out(source, taught.held_out(DISTILLATION["held_out"])[1]) for source, taught in pairs]
+        share = DISTILLATION["held_out"]
+        calibration = tuple(_leave_out(source, taught.held_out(share)[1]) for source, taught in pairs)
     network = WholeNetwork(inputs.for_saving())
     return PruneInputs(
         config,
         network,
         axes,
-        SourceHalves(tuple(calibration), inputs.tests),
+        SourceHalves(calibration, calibration if inputs.tests is inputs.sources else inputs.tests),
         taught_on=taught_on,
         objective=inputs.objective,
         python_call=call.describe_inputs(inputs, network.sum_parameters),
