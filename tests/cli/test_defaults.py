@@ -143,7 +143,9 @@ def test_training_takes_other_text_than_calibration(tiny_language_model: Path) -
 def test_in_python_a_language_model_is_trained_after_the_cut(tiny_language_model: Path, tmp_path: Path) -> None:
     loaded = load_named(str(tiny_language_model))
     text = windows(package.data.text("talk"), loaded.tokenizer, n=20, seq_len=64)
-    package.prune(loaded.model, {"talk": text}, tokenizer=loaded.tokenizer, keep=0.8, batch_size=1, out=tmp_path / "run")
+    package.prune(
+        loaded.model, {"talk": text}, tokenizer=loaded.tokenizer, keep=0.8, batch_size=1, out=tmp_path / "run"
+    )
     rows = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     (row,) = [row for row in rows if row["what"] == "distillation"]
     assert row["steps"] >= 1 and row["tokens"] == text.tokens

@@ -118,7 +118,7 @@ def net():
 
 def test_an_input_is_that_of_the_source_as_told_or_a_guess_that_is_printed(regrow: Run) -> None:
     Path("own_small.py").write_text(OWN)
-    guess = "example input: 1x1x224x224 (guessed; set it with --input 1x3x32x32, or give an image source)\n"
+    guess = "example input: 1x1x224x224 (guessed; set it with --input 1x3x32x32 or example=, or give an image source)\n"
     code, out, err = regrow("show", "own_small:net")
     assert code == 0 and guess in err and "an input of 1x1x224x224" in out
     code, out, err = regrow("show", "own_small:net", "--input", "1x1x8x8")

@@ -181,10 +181,14 @@ def test_strings_and_chats_are_text(tmp_path):
         ((INPUTS, LABELS[:3]), "the same length, got 10, 3"),
         (["some text"], "no tokenizer"),
         ("nowhere", "'nowhere' is no folder of class folders"),
+        (
+            "A text,\nas it is",
+            "a string names a file or a text domain, and this one has 16 characters; give texts in a list",
+        ),
         (Columns(title=["a"]), "hold no inputs that are known"),
         ([INPUTS, LABELS], "come as a tuple"),
     ],
-    ids=["number", "nothing", "set", "lengths", "text", "path", "columns", "list"],
+    ids=["number", "nothing", "set", "lengths", "text", "path", "long path", "columns", "list"],
 )
 def test_what_cannot_be_read_is_named(data, words):
     with pytest.raises(SourceError, match=words):

@@ -186,7 +186,7 @@ def test_an_input_is_given_or_that_of_the_source_or_a_guess_that_is_told(
     loaded = nets.load("own_cnn:net")
     assert macs(trace(loaded.model, *loaded.example.args)) > 700 * right and loaded.guessed
     assert caplog.messages == [
-        "example input: 1x1x224x224 (guessed; set it with --input 1x3x32x32, or give an image source)"
+        "example input: 1x1x224x224 (guessed; set it with --input 1x3x32x32 or example=, or give an image source)"
     ]
     with pytest.raises(nets.ModelError, match="does not take an input of 1x3x8x8"):
         nets.load("own_cnn:net", example=(1, 3, 8, 8))

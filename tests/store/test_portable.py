@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, DetrConfig, DetrForObjectDetection, LlamaForCausalLM, ResNetConfig
 
 import regrow
 from regrow.core.plan import Plan
@@ -164,3 +164,13 @@ def test_what_cannot_travel_is_refused(tmp_path):
     (tmp_path / "others" / "config.json").write_text("{}")
     with pytest.raises(StoreError, match="choose another folder"):
         to_transformers.write(net, tmp_path / "others")
+
+
+def test_parts_with_other_attention_are_built_again(tmp_path):
+    backbone = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], out_features=["stage2"])
+    of_part = {"layers": 1, "attention_heads": 2, "ffn_dim": 32}
+    sizes = {f"{part}_{name}": n for part in ("encoder", "decoder") for name, n in of_part.items()}
+    config = DetrConfig(backbone_config=backbone, d_model=16, num_queries=5, num_labels=3, **sizes)
+    net, example = DetrForObjectDetection(config).eval(), {"pixel_values": torch.randn(1, 3, 32, 32)}
+    save(net, tmp_path / "net", example=example)
+    assert torch.equal(load(tmp_path / "net")(**example).logits, net(**example).logits)

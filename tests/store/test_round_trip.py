@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from regrow import Plan, apply, trace
 from regrow.nets import Loaded, Origin
@@ -258,3 +258,25 @@ def test_a_nested_setting_that_differs_is_refused(tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(StoreError, match=r"text_config\.hidden_size = 14"):
         load(folder)
+
+
+class AddsHook(nn.Module):
+    """Adds a hook in its first run, as models of transformers do that collect hidden states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.is_ready = nn.Linear(3, 2), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.is_ready:
+            self.fc.register_forward_hook(lambda module, args, output: output + 1)
+            self.is_ready = True
+        return self.fc(x)
+
+
+def test_a_hook_of_the_first_run_is_added_once(tmp_path):
+    x, net = torch.randn(2, 3), AddsHook()
+    expected = nn.functional.linear(x, net.fc.weight, net.fc.bias) + 1
+    save(net, tmp_path / "net", example=x)
+    assert torch.equal(net(x), expected)
+    assert torch.equal(load(tmp_path / "net", model=AddsHook)(x), expected)

@@ -85,5 +85,5 @@ def say_run(path: Path) -> None:
         say(f"note: {note}")
     if run.file.memory:
         say_peak(run.file.memory)
-    if command := summary.next_command(run):
+    if command := summary.next_command(run, str(path)):
         say(f"go on with: {command}")

@@ -121,6 +121,9 @@ def _split_rows(parts: Sequence[Any], name: str, size: int) -> list[tuple[Tensor
 def _read_path(data: str | Path, name: str, reading: ReadOptions) -> Source:
     """Read a text file or folder or a named text domain if there is a tokenizer, else a folder of class folders."""
     path = Path(data).expanduser()
+    if "\n" in str(data) or any(len(part) > 255 for part in path.parts):
+        problem = f"a string names a file or a text domain, and this one has {len(str(data)):,} characters"
+        raise SourceError(f"source {name!r}: {problem}; give texts in a list, [text]")
     if reading.tokenizer is not None:
         return _tokenize(load_files(name, path) if path.exists() else text(str(data)), reading)
     if path.is_dir():

@@ -111,11 +111,15 @@ def prune_network(
     method, budget = make_pruner(settings), make_budget(settings)
     model = network.loaded.model
     check_precision(model, settings.precision)
+    left_out: tuple[str, ...] = ()
     if settings.reconstruct and (batches := sum(map(len, data.calibration))) < 2:
+        problem = f"reconstruct fits on some batches and holds others out, and there are {batches} in all"
         if asked.reconstruct:
-            problem = f"reconstruct fits on data of which it holds a part out, and there are {batches} batches"
-            raise InputError(f"{problem}; give more data")
-        settings = replace(settings, reconstruct=False)
+            raise InputError(f"{problem}; give more data, or smaller batches")
+        settings, left_out = (
+            replace(settings, reconstruct=False),
+            (f"{problem}: it was left out; give smaller batches",),
+        )
     if settings.distil and (problem := explain_too_little(opened.taught_on)):
         if explain_training(asked):
             raise InputError(
@@ -142,7 +146,7 @@ def prune_network(
         record.update(timing=budget.timing.record() if budget.timing else None)
         choice = describe_choice(asked, settings)
         if choice:
-            record.update(notes=[*network.loaded.notes, choice])
+            record.update(notes=[*network.loaded.notes, choice, *left_out])
         opened = replace(opened, settings=settings, axes=axes, data=data)
         job = PruneJob(settings, method, budget, opened, run, must_fit=bool(asked.reconstruct), choice=choice)
         plan, notes = job.plan()
@@ -152,7 +156,7 @@ def prune_network(
             record.update(memory=opened.memory.record())
         if cuts:
             run.finish()
-        return PruneResult(plan, network.loaded, notes)
+        return PruneResult(plan, network.loaded, (*left_out, *notes))
 
 
 @dataclass(frozen=True)

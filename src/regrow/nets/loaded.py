@@ -218,7 +218,7 @@ def format_shape(example: Example) -> str:
 
 def log_guess(example: Example) -> None:
     """Log which example input was guessed, since multiply–accumulates are counted for it."""
-    how = "(guessed; set it with --input 1x3x32x32, or give an image source)"
+    how = "(guessed; set it with --input 1x3x32x32 or example=, or give an image source)"
     logging.getLogger("regrow").warning("example input: %s %s", format_shape(example), how)
 
 

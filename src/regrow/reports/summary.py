@@ -265,12 +265,13 @@ def _warn_of_search(run: Run) -> list[str]:
     return alarms
 
 
-def next_command(run: Run) -> str:
-    """Return the shell command to go on with, such as ``regrow recover …``; empty after a run from Python.
+def next_command(run: Run, folder: str = "") -> str:
+    """Return the shell command to go on with; empty after a run from Python; for an unfinished run its own command.
 
-    For an unfinished run it is the run's own command, which resumes it, in whatever form that was recorded.
+    ``folder``: the run's, as the command is to name it; empty: by its name alone.
     """
-    name, verb = shlex.quote(run.name), run.file.verb
+    place, verb = folder or run.name, run.file.verb
+    name = shlex.quote(place)
     if not run.file.finished:
         return run.file.command
     if not run.file.command.startswith("regrow "):
@@ -279,10 +280,10 @@ def next_command(run: Run) -> str:
     if verb == "learn":
         return f"regrow learn --resume {name} --task TASK"
     if verb == "prune" and run.file.sources:
-        return f"regrow recover {name} --by distil{code} --out {shlex.quote(f'{run.name}-recovered')}"
+        return f"regrow recover {name} --by distil{code} --out {shlex.quote(f'{place}-recovered')}"
     if run.is_text:
         return f"regrow chat {name}"
-    return f"regrow export {name} --to onnx{code} --out {shlex.quote(f'{run.name}.onnx')}"
+    return f"regrow export {name} --to onnx{code} --out {shlex.quote(f'{place}.onnx')}"
 
 
 def quality_table(run: Run) -> SummaryTable:

@@ -178,8 +178,8 @@ def moments_of(statistics: Statistics, weight: str) -> Moments:
     """Return the running sums of the inputs of ``weight``; raise ``ValueError`` if no batch reached that weight."""
     if weight not in statistics.moments:
         raise ValueError(
-            f"source {statistics.source!r} never reached the weight {weight!r}; give more batches, or leave it out "
-            f"(--exclude {weight})"
+            f"source {statistics.source!r} never reached the weight {weight!r}, or not by a linear layer; give more "
+            f"batches, leave it out (--exclude {weight}), or take a method that reads no inputs (magnitude)"
         )
     return statistics.moments[weight]
 

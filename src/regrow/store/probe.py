@@ -161,20 +161,20 @@ def sample_outputs(model: nn.Module, structure: object, inputs: Sequence[Tensor]
 
 @contextmanager
 def _preserve_modules(model: nn.Module) -> Iterator[None]:
-    """Context manager: restores, at its end, attributes of modules, and the numbers of buffers of up to 2^20 entries.
+    """Context manager: restores, at its end, attributes and hooks of modules, and buffers of up to 2^20 entries.
 
     What modules reach besides is left alone: a network that is read block by block keeps what it has read.
     """
-    states = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    states = [(vars(module), dict(vars(module))) for module in model.modules()]
+    kept = [value for _, before in states for name, value in before.items() if name == "_buffers" or "_hooks" in name]
+    states += [(value, dict(value)) for value in kept if isinstance(value, dict)]
     small = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if buffer.numel() <= 2**20]
     try:
         yield
     finally:
-        for module, attributes, buffers in states:
-            vars(module).clear()
-            vars(module).update(attributes)
-            module._buffers.clear()
-            module._buffers.update(buffers)
+        for holder, kept_entries in states:
+            holder.clear()
+            holder.update(kept_entries)
         with torch.no_grad():
             for buffer, before in small:
                 if not torch.equal(buffer, before):

@@ -38,7 +38,7 @@ from regrow.exporters.onnx.calls import (
     resize_inputs,
     sizes_of,
 )
-from regrow.nets.loaded import guess_example, missing_package, noise_example
+from regrow.nets.loaded import guess_example, log_guess, missing_package, noise_example
 from regrow.store.atomic import check_output, stage_folder, sync
 from regrow.store.errors import explain_os_errors
 
@@ -123,6 +123,8 @@ def _choose_example(model: nn.Module, example: Example | None) -> Example:
     result = example or (noise_example(model, (1, *shape)) if shape else guess_example(model))
     if result is None:
         raise ExportError("the network does not say what input it takes; give an example")
+    if not (example or shape):
+        log_guess(result)
     return result
 
 

@@ -168,11 +168,16 @@ def _auto_class_names(reference: str) -> list[str]:
 
 
 def update_origin(origin: Origin, model: object, dtype: torch.dtype) -> Origin:
-    """Return a copy of ``origin`` with the present depth and attention implementation of ``model``, and ``dtype``."""
+    """Return a copy of ``origin`` with the present depth and attention implementation of ``model``, and ``dtype``.
+
+    The implementation is left to transformers where parts of the model have different ones.
+    """
     config = {**origin.config, "dtype": dtype_name(dtype)}
-    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    if attention in ATTENTION:
-        config["attn_implementation"] = attention
+    parts = model.modules() if isinstance(model, nn.Module) else [model]
+    configs = [part.config for part in parts if hasattr(part, "config")]
+    attention = {getattr(one, "_attn_implementation", None) for one in configs}
+    if len(attention) == 1 and attention <= {*ATTENTION}:
+        config["attn_implementation"] = attention.pop()
     now: dict[str, Any] = getattr(getattr(model, "config", None), "to_dict", dict)()
     return replace(origin, config=_with_depth(config, now))
 
