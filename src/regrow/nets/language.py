@@ -214,6 +214,8 @@ def example_of_transformers(model: "PreTrainedModel") -> Example:
 
 def _check_folder(folder: Path, name: str) -> list[Path]:
     """Return the weight files of a transformers folder; raise ModelError unless it is complete and names no code."""
+    if not (folder / "config.json").exists() and (folder / "run.json").exists():
+        raise ModelError(f"{name}: a run that has not finished has no model; give its command again, which resumes it")
     if not (folder / "config.json").exists():
         raise ModelError(f"{name}: not a model folder (it has no config.json); give a transformers folder")
     check_regular_files(folder)
