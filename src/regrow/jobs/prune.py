@@ -113,9 +113,9 @@ def prune_network(
     check_precision(model, settings.precision)
     left_out: tuple[str, ...] = ()
     if settings.reconstruct and (batches := sum(map(len, data.calibration))) < 2:
-        problem = f"reconstruct fits on some batches and holds others out, and there are {batches} in all"
+        problem = f"reconstruct fits on data of which it holds a part out, and there are {batches} batches"
         if asked.reconstruct:
-            raise InputError(f"{problem}; give more data, or smaller batches")
+            raise InputError(f"{problem}; give more data")
         settings, left_out = (
             replace(settings, reconstruct=False),
             (f"{problem}: it was left out; give smaller batches",),

@@ -214,10 +214,9 @@ def example_of_transformers(model: "PreTrainedModel") -> Example:
 
 def _check_folder(folder: Path, name: str) -> list[Path]:
     """Return the weight files of a transformers folder; raise ModelError unless it is complete and names no code."""
-    if not (folder / "config.json").exists() and (folder / "run.json").exists():
-        raise ModelError(f"{name}: a run that has not finished has no model; give its command again, which resumes it")
     if not (folder / "config.json").exists():
-        raise ModelError(f"{name}: not a model folder (it has no config.json); give a transformers folder")
+        problem = "not a model folder (it has no config.json); give a transformers folder, or finish the run"
+        raise ModelError(f"{name}: {problem}")
     check_regular_files(folder)
     check_weight_paths(folder, check_config(folder / "config.json", name), name)
     if (folder / "adapter_config.json").exists():
