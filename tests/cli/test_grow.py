@@ -84,7 +84,7 @@ def test_blocks_are_inserted_and_the_model_is_an_ordinary_one(
     code, out, err = regrow(*words)
     assert code == 0, err
     # A wider product has zeros as new terms; some processors sum the others in another order (2.8e-16 on an AMD EPYC).
-    assert "Grown = original" in out and re.search(r"Largest difference: (0|\d(\.\d)?·10⁻¹[5-9]),", out)
+    assert "Grown = original" in out and re.search(r"Largest difference: (0|\d(\.\d)?·10⁻¹[⁵⁶⁷]),", out)
     assert regrow("export", "run", "--to", "transformers", "--out", "plain")[0] == 0
     assert not (tmp_path / "plain" / "modeling_regrow.py").exists()
     plain, dense = (AutoModelForCausalLM.from_pretrained(one) for one in (tmp_path / "plain", tiny_language_model))
