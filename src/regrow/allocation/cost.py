@@ -73,8 +73,7 @@ def _polynomial_term(index: Mapping[str, int], products: Iterable[tuple[tuple[Di
     """Return a function from a vector of sizes to Σ coefficient · Π sizes; ``products``: (dimensions, coefficient).
 
     ``index``: axis key → its place in the vector. A convolution between two free axes costs a product of both sizes, so
-    a unit's cost depends on the other axis; this takes the cost of the whole planned network instead of adding up
-    units.
+    a unit's cost depends on the other axis; this takes the cost of the whole planned network, not of each unit.
     """
     monomials: Monomials = Counter()
     for dims, factor in products:

@@ -55,10 +55,7 @@ def set_mmap_threshold(size_bytes: int, kept_bytes: int = 0) -> None:
 
 @contextmanager
 def keep_memory() -> Iterator[None]:
-    """Context manager in which the C library keeps freed memory, so that large arrays reuse pages instead of new ones.
-
-    A training step of a language model makes and frees gigabytes; fetching their pages took a third of its time.
-    """
+    """Context manager in which the C library keeps freed memory, for steps that make and free gigabytes of arrays."""
     _call_c_library("mallopt", _MMAP_MAX, 0)
     _call_c_library("mallopt", _TRIM_THRESHOLD, 2**31 - 1)
     try:

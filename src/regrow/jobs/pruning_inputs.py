@@ -167,10 +167,7 @@ def check_pruning(pruner: Pruner, axes: AxisGraph, budget: Budget, sources: Sequ
 
 
 def read_training_text(settings: Settings, loaded: Loaded, calibration: Sequence[Source]) -> list[Source]:
-    """Return ``settings.distil`` tokens of the written sources, over all together, in windows that calibration lacks.
-
-    On windows that layers were fitted on a network is too good for training to be judged, and learns less.
-    """
+    """Return ``settings.distil`` tokens of the written sources, over all together, in windows not calibrated on."""
     written = tuple(name for name in settings.sources if name != GENERATED)
     if not written:
         return []
@@ -178,6 +175,7 @@ def read_training_text(settings: Settings, loaded: Loaded, calibration: Sequence
     total = tokens + settings.tokens * len(written)
     whole = read_sources(make_source_specs(replace(settings, sources=written), total), loaded).calibration
     used = [source for source in calibration if source.name != GENERATED]
+    # On text that layers were fitted on, the network is too good for training to be judged, and learns less.
     known = {batch.args[0].numpy().tobytes() for source in used for batch in source}
     n = count_windows(tokens // len(written), settings.seq_len)
     new = [[batch for batch in source if batch.args[0].numpy().tobytes() not in known][:n] for source in whole]

@@ -170,8 +170,7 @@ def spectrum(ranking: RankPercentiles, among: Sequence[Space]) -> list[Row]:
     ``significant``: with F above the 95 % point of the null; ``share``: the fraction of the variance of a shard's rank
     that is due to the source; ``sigma``, ``sigma_between``, ``sigma_within``: median standard deviations of a unit's
     rank over sources, and of its components; ``spearman``: mean rank correlation between sources, ``spearman_shards``
-    and ``spearman_within`` between shards of different sources and of the same. It takes 2 sources of 2 shards, or
-    more.
+    and ``spearman_within`` between shards of different sources and of the same. It takes 2 or more sources of 2 shards.
     """
     generator = torch.Generator().manual_seed(0)
     rows: list[Row] = []

@@ -194,10 +194,7 @@ def explain_training(settings: Settings) -> str:
 
 
 def choose_defaults(settings: Settings, kind: str, parameters: int = 0) -> Settings:
-    """Return settings with what was left open: nothing is added to a named method; else ``RECOMMENDED`` of a kind.
-
-    ``parameters``: how many the network has; a large one is not trained by default.
-    """
+    """Return settings with what was left open: ``RECOMMENDED`` of a kind, or nothing to a named method."""
     chosen, option = {} if settings.method else RECOMMENDED[kind], explain_training(settings)
     if option and not kind.startswith("text"):
         raise InputError(f"{option} trains language models; leave it out, and train after the cut, as by --finetune")

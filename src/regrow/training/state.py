@@ -279,8 +279,7 @@ def check_checkpoint(path: Path, history: TrainState[None]) -> int:
 def _stored_progress(record: schemas.CourseHeader, history: TrainState[None] | None, learner: S) -> TrainState[S]:
     """Return the training state in a checkpoint's header, with the learner's state ``learner``, and without moments.
 
-    ``history``: as in :func:`read_checkpoint`; what it has beyond the checkpoint is left out. ValueError if it has
-    less.
+    ``history``: as in :func:`read_checkpoint`; what it has beyond the checkpoint is left out. ValueError for less.
     """
     course = record.course
     state = TrainState(learner, course.number, course.epoch, course.step, before=tuple(course.before))

@@ -189,8 +189,7 @@ class LayerOutputs:
 def run_in_thread(run: Callable[[Around, Turns], object], count: int = 1) -> Iterator[LayerOutputs]:
     """Context manager that runs a network in threads, layer by layer, only as far as its outputs are requested.
 
-    ``run``, ``count``: as for :class:`LayerOutputs`, which it gives: a function of (number of a batch, name of a
-    weight).
+    ``run``, ``count``: as for :class:`LayerOutputs`, which it gives: a function of (batch number, name of a weight).
     """
     outputs = LayerOutputs(run, count)
     outputs._thread.start()

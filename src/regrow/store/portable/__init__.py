@@ -168,10 +168,7 @@ def _auto_class_names(reference: str) -> list[str]:
 
 
 def update_origin(origin: Origin, model: object, dtype: torch.dtype) -> Origin:
-    """Return a copy of ``origin`` with the present depth and attention implementation of ``model``, and ``dtype``.
-
-    The implementation is left to transformers where parts of the model have different ones.
-    """
+    """Return a copy of ``origin`` with the present depth and attention (if all parts have one), and ``dtype``."""
     config = {**origin.config, "dtype": dtype_name(dtype)}
     parts = model.modules() if isinstance(model, nn.Module) else [model]
     configs = [part.config for part in parts if hasattr(part, "config")]
