@@ -177,7 +177,9 @@ def _open_inputs(call: Call, config: Settings, run: ActiveRun) -> PruneInputs:
         taught_on = [_take_tokens(source, config.distil // len(inputs.sources)) for source in inputs.sources]
         pairs = zip(inputs.sources, taught_on, strict=True)
         share = DISTILLATION["held_out"]
-        calibration = tuple(_leave_out(source, taught.held_out(share)[1]) for source, taught in pairs)
+        calibration = tuple(
+            _leave_out(source, taught.held_out(share)[1]) if len(taught) > 1 else source for source, taught in pairs
+        )
     network = WholeNetwork(inputs.for_saving())
     return PruneInputs(
         config,

@@ -116,10 +116,8 @@ def prune_network(
         problem = f"reconstruct fits on data of which it holds a part out, and there are {batches} batches"
         if asked.reconstruct:
             raise InputError(f"{problem}; give more data")
-        settings, left_out = (
-            replace(settings, reconstruct=False),
-            (f"{problem}: it was left out; give smaller batches",),
-        )
+        settings = replace(settings, reconstruct=False)
+        left_out = (f"{problem}, so it was left out; give smaller batches",)
     if settings.distil and (problem := explain_too_little(opened.taught_on)):
         if explain_training(asked):
             raise InputError(
