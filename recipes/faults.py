@@ -1,4 +1,4 @@
-"""What every command does when the world around it fails; the table is in ``docs/reliability.md``.
+"""What every command does when the world around it fails; the table is in ``docs/reproductions/reliability.md``.
 
     python recipes/faults.py                             everything; the full disk needs root, to mount a small one
     python recipes/faults.py --only "full disk" --case learn

@@ -73,8 +73,7 @@ def test_the_folders_in_the_documentation_are_those_on_disk():
     assert drawn[0].splitlines()[1:-1] == tree.draw().splitlines(), "renew it: make tree"
 
 
-def test_the_front_pages_are_short():
-    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 150
+def test_the_page_of_results_is_short():
     assert len((ROOT / "REPRODUCTIONS.md").read_text("utf-8").splitlines()) <= 100
 
 

@@ -51,7 +51,7 @@ def test_the_page_of_run_folders_has_the_life_cycles_and_they_went_back_to_the_s
 ) -> None:
     monkeypatch.syspath_prepend(str(RECIPES))
     recipe = importlib.import_module("life_cycles")
-    page = (RECIPES.parent / "docs" / "run-folders.md").read_text("utf-8").splitlines()
+    page = (RECIPES.parent / "docs" / "reproductions" / "life-cycles.md").read_text("utf-8").splitlines()
     assert not [line for line in "\n".join(recipe.show(recipe.OUT)).splitlines() if line not in page]
     for row in (row for row in recipe.rows(recipe.OUT) if row["stage"] == "checks"):
         stages = [*recipe.CYCLES[row["cycle"]].stages]
