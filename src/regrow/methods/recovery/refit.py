@@ -137,7 +137,7 @@ def refit(task: RecoveryTask, settings: Settings) -> dict[str, object]:
         if task.streamed and target == "dense":
             raise ResourceError(
                 f"{problem or 'target=dense'}: fitting to what the dense network has needs both networks in memory; "
-                "give more --memory, or recover by bias"
+                "give more --memory"
             )
         biased = _add_biases(task.model, layers)
         work.parameters = dict(task.model.named_parameters())
