@@ -2,6 +2,8 @@
 
 import sys
 import traceback
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import click
 
@@ -11,7 +13,7 @@ from regrow.cli.folders import methods, report, undo
 from regrow.cli.learn import learn, search
 from regrow.cli.networks import apply, export, grow, show
 from regrow.cli.prune import prune, recover
-from regrow.cli.screen import escape_controls, print_failure, set_up_terminal
+from regrow.cli.screen import HelpContext, escape_controls, print_failure, set_up_terminal
 from regrow.core.process_memory import limit_arenas, share_cores
 
 _CODES = "\n".join(f"  {code:<5}{meaning}" for code, meaning in boundary.EXIT_CODES.items())
@@ -29,15 +31,35 @@ Exit codes
 """
 
 
-@click.group(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(package_name="regrow")
-def regrow() -> None:
-    """Prune, grow and search trained networks."""
+class CommandGroup(click.Group):
+    """The commands of regrow, which ``--help`` lists under headings."""
+
+    context_class = HelpContext
+
+    def __init__(self, *, headings: Mapping[str, Sequence[click.Command]], **attributes: Any) -> None:
+        super().__init__(commands=[command for part in headings.values() for command in part], **attributes)
+        self.headings = headings
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands, each with the first line of its help."""
+        for heading, commands in self.headings.items():
+            with formatter.section(heading):
+                formatter.write_dl([(command.name or "", command.get_short_help_str()) for command in commands])
 
 
-VERBS = (show, prune, grow, recover, learn, search, apply, undo, evaluate, chat, export, report, methods)
-for verb in VERBS:
-    regrow.add_command(verb)
+HEADINGS = {
+    "Change a network": (prune, recover, grow, learn, search),
+    "Measure and use a network": (show, evaluate, chat, export),
+    "Plans, runs and methods": (apply, undo, report, methods),
+}
+regrow = CommandGroup(
+    headings=HEADINGS,
+    name="regrow",
+    help="Prune, grow and search trained networks.",
+    epilog=EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+click.version_option(package_name="regrow")(regrow)
 
 
 def run_command(words: list[str]) -> int:
