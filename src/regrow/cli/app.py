@@ -2,8 +2,7 @@
 
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
-from typing import Any
+from itertools import chain
 
 import click
 
@@ -26,25 +25,13 @@ Start with
   regrow export RUN --to gguf --out m.gguf     a file for llama.cpp; also for transformers and onnxruntime
 
 \b
+Completion in bash (zsh, fish: docs/command-line.md)
+  eval "$(_REGROW_COMPLETE=bash_source regrow)"
+
+\b
 Exit codes
 {_CODES}
 """
-
-
-class CommandGroup(click.Group):
-    """The commands of regrow, which ``--help`` lists under headings."""
-
-    context_class = HelpContext
-
-    def __init__(self, *, headings: Mapping[str, Sequence[click.Command]], **attributes: Any) -> None:
-        super().__init__(commands=[command for part in headings.values() for command in part], **attributes)
-        self.headings = headings
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the commands, each with the first line of its help."""
-        for heading, commands in self.headings.items():
-            with formatter.section(heading):
-                formatter.write_dl([(command.name or "", command.get_short_help_str()) for command in commands])
 
 
 HEADINGS = {
@@ -52,14 +39,31 @@ HEADINGS = {
     "Measure and use a network": (show, evaluate, chat, export),
     "Plans, runs and methods": (apply, undo, report, methods),
 }
-regrow = CommandGroup(
-    headings=HEADINGS,
-    name="regrow",
-    help="Prune, grow and search trained networks.",
-    epilog=EPILOG,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-)
-click.version_option(package_name="regrow")(regrow)
+
+
+class CommandGroup(click.Group):
+    """The commands of regrow, which ``--help`` lists under ``HEADINGS``."""
+
+    context_class = HelpContext
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands, each with the first line of its help."""
+        for heading, commands in HEADINGS.items():
+            with formatter.section(heading):
+                formatter.write_dl([(command.name or "", command.short_help or "") for command in commands])
+
+
+SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+@click.group(cls=CommandGroup, epilog=EPILOG, context_settings=SETTINGS)
+@click.version_option(package_name="regrow")
+def regrow() -> None:
+    """Prune, grow and search trained networks."""
+
+
+for command in chain(*HEADINGS.values()):
+    regrow.add_command(command)
 
 
 def run_command(words: list[str]) -> int:

@@ -4,6 +4,7 @@ import importlib
 import os
 import signal
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,12 +99,17 @@ class GroupedOption(click.Option):
         self.heading, self.common = heading or "Options", common
 
 
-def _answer_help_all(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
-    """Print the help of a command with all its options, and exit, if ``--help-all`` is given (a callback of click)."""
-    if value and not ctx.resilient_parsing:
-        ctx.meta[_ALL] = True
-        click.echo(ctx.get_help(), color=ctx.color)
-        ctx.exit()
+def _make_help_all(*, hidden: bool) -> click.Option:
+    """Return the option ``--help-all``, which prints the help of a command with all its options, and exits."""
+
+    def answer(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+        if value and not ctx.resilient_parsing:
+            ctx.meta[_ALL] = True
+            click.echo(ctx.get_help(), color=ctx.color)
+            ctx.exit()
+
+    flag = partial(click.Option, is_flag=True, is_eager=True, expose_value=False, callback=answer)
+    return flag(["--help-all"], hidden=hidden, help="Show all options and exit.")
 
 
 class Verb(click.Command):
@@ -127,9 +133,7 @@ class Verb(click.Command):
         params = [*_make_parameters(settings), *params] if settings else params
         options = sum(isinstance(parameter, click.Option) for parameter in params)
         self.options = options if options > MOST_LISTED else 0  # how many `--help-all` lists; 0: those of `--help`
-        if self.options:
-            callback = {"callback": _answer_help_all, "expose_value": False, "is_eager": True}
-            params.append(click.Option(["--help-all"], is_flag=True, help="Show all options and exit.", **callback))
+        params.append(_make_help_all(hidden=not self.options))
         short = (attributes["help"] or "").partition("\n")[0]
         super().__init__(params=params, short_help=short, **attributes)
         self.preload, self.settings, self.distributed = preload, settings, distributed
@@ -184,7 +188,7 @@ class Verb(click.Command):
         from regrow.cli.checks import check_command_line  # what can be wrong is found before anything large is imported
 
         check_command_line(self.name or "", ctx.params)
-        with show_lines("importing PyTorch"):
+        with show_lines("importing packages"):
             importlib.import_module(self.preload)
         if signal.getsignal(signal.SIGINT) is stop_at_once:
             signal.signal(signal.SIGINT, signal.default_int_handler)

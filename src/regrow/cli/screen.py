@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -103,7 +103,7 @@ class _HelpFormatter(click.HelpFormatter):
         """Write the heading of a section."""
         super().write_heading(_colour(heading, "yellow"))
 
-    def write_dl(self, rows: Sequence[tuple[str, str]], col_max: int = 30, col_spacing: int = 2) -> None:
+    def write_dl(self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2) -> None:
         """Write rows of an option or a command, and its help."""
         super().write_dl([(_colour(first, "cyan"), text) for first, text in rows], col_max, col_spacing)
 
@@ -149,20 +149,20 @@ def show_lines(what: str = "starting") -> Iterator[Progress]:
 
     def update(done: int, total: int, what: str) -> None:
         nonlocal latest
-        key = (what.split(" ")[0], total)
+        key = (what.split(" ")[0] if total > 1 else what, total)
         task = tasks.get(key)
         if task is None or done < task.done:
-            task = tasks[key] = _Task(done, done)
+            task = tasks[key] = _Task(done)
         task.done = done
         latest = (task, done, total, what)
 
     def print_lines() -> None:
         while not is_over.wait(LINE_SECONDS):
             task, done, total, text = latest
-            tenth = 10 * done // max(1, total)
-            if tenth > task.tenth:
+            if (tenth := 10 * done // max(1, total)) > task.tenth:
                 task.tenth = tenth
-                sys.stderr.write(f"{escape_controls(text)}{task.describe(done, total)}\n")
+                steps = f": {done}/{total}{task.estimate(done, total)}" if total > 1 else " …"
+                sys.stderr.write(f"{escape_controls(text)}{steps}\n")
                 sys.stderr.flush()
 
     thread = threading.Thread(target=print_lines, daemon=True)
@@ -183,15 +183,11 @@ class _Task:
     tenth: int = -1  # the last tenth of which there was a line
     began: float = field(default_factory=time.monotonic)
 
-    def describe(self, done: int, total: int) -> str:
-        """Return the steps and the time left as text to print behind what is being done."""
-        if total <= 1:
-            return " …"
-        remaining = ""
-        if self.first < done < total:
-            seconds = (time.monotonic() - self.began) / (done - self.first) * (total - done)
-            remaining = f", about {seconds:.0f} s left"
-        return f": {done}/{total}{remaining}"
+    def estimate(self, done: int, total: int) -> str:
+        """Return the time left as text; empty if it is not known."""
+        if not self.first < done < total:
+            return ""
+        return f", about {(time.monotonic() - self.began) / (done - self.first) * (total - done):.0f} s left"
 
 
 def say_pieces(title: str, pieces: Iterator[str]) -> str:
