@@ -68,7 +68,8 @@ def test_a_command_with_few_options_lists_them_all(regrow: Run) -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_is_short(name: str) -> None:
-    for parameter, (is_common, text) in helps(COMMANDS[name]).items():
+    about = " ".join((COMMANDS[name].help or "").split())
+    for parameter, (is_common, text) in {"": (False, about), **helps(COMMANDS[name])}.items():
         sentences = [len(sentence.split()) for sentence in re.split(r"[.!?] ", text)]
         assert max(sentences) <= 30, (parameter, text)
         assert not is_common or len(text.split()) <= 27, (parameter, text)
