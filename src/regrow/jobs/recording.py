@@ -146,7 +146,7 @@ class ActiveRun:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Context manager: announce a stage, add the seconds that its block takes to those of ``name``, record them."""
-        self.progress(0, 1, {"plan": "planning", "distil": "training"}.get(name, f"{name.removesuffix('e')}ing"))
+        self.progress(0, 1, {"plan": "planning", "distil": "distilling"}.get(name, f"{name.removesuffix('e')}ing"))
         start = time.perf_counter()
         yield
         self.seconds[name] = round(self.seconds.get(name, 0) + time.perf_counter() - start, 3)
