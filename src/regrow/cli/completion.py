@@ -7,8 +7,6 @@ import click
 from click.shell_completion import CompletionItem
 
 from regrow.core.names import DIGITS, DOMAINS, GENERATED, PACKAGED, torchvision_names
-from regrow.methods import list_names
-from regrow.store.run_record import RUN
 
 _METHODS, _MODELS, _SOURCES = {"method", "by", "name"}, {"model", "other"}, {"sources", "unseen", "on"}
 _FOLDERS = {*_MODELS, "space", "run", "runs", "config", "resume", "data", "tasks"}
@@ -18,6 +16,8 @@ _GENERATED = {("prune", "sources"), ("grow", "on")}
 
 def complete(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Return the values that begin with ``incomplete``, by the name of the parameter; shells add folders to ``dir``."""
+    from regrow.store.run_record import RUN
+
     command, name = context.command.name or "", parameter.name or ""
     items = [CompletionItem(text) for text in _list_values(command, name, incomplete) if text.startswith(incomplete)]
     if name not in _FOLDERS:
@@ -30,6 +30,7 @@ def complete(context: click.Context, parameter: click.Parameter, incomplete: str
 def _list_values(command: str, name: str, incomplete: str) -> Iterable[str]:
     """Return the names that a parameter of a command takes; those of torchvision once something is typed."""
     from regrow.cli.checks import METHOD_KINDS
+    from regrow.methods import list_names
 
     if name in _METHODS:
         return list_names(METHOD_KINDS.get(command))
