@@ -1,4 +1,4 @@
-"""Start-up: seconds and memory of ``--help``, of typos and of all that is refused, beside ``python -c pass``.
+"""Start-up: seconds and memory of help, lists, typos and all that is refused, beside ``python -c pass``.
 
     python benchmarks/startup.py                                   # this checkout, a row per command and mistake
     python benchmarks/startup.py --checkout ../before              # another checkout, with the same interpreter
@@ -54,6 +54,7 @@ def cases() -> Iterator[tuple[str, str, str]]:
         yield command, "help", f"{command} --help"
         out = " --out new" if command in FOLDERS else ""
         yield from ((command, case, f"{command} {words}") for case, words in mistakes(command, good, out))
+    yield from (("methods", "list", "methods"), ("methods", "one", "methods flap"))
     yield "prune", "bad target", "prune resnet18 --target watts=3 --out new"
     yield "search", "bad target", "search cells:4-2-1 --data digits --target half --out new"
     yield "search", "missing data", "search cells:4-2-1 --data nowhere/ --target params=20% --out new"

@@ -58,7 +58,7 @@ OUTSIDE = {
 @pytest.mark.parametrize("name", [name for name in OUTSIDE if not isinstance(OUTSIDE[name][0], type)])
 def test_every_failure_is_one_line_with_an_exit_code(regrow: Run, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     error, says, expected = OUTSIDE[name]
-    monkeypatch.setattr("regrow.methods.find_method", failing(error))
+    monkeypatch.setattr("regrow.methods.describe_method", failing(error))
     monkeypatch.setattr(boundary, "_find_user_line", lambda tb: None)  # this file is no part of regrow either
     code, out, err = regrow("methods", "flap")
     assert code == expected and says in err and not out, err
@@ -155,7 +155,7 @@ ELSEWHERE = {"--include", "--no-deps", "--no-python", "--nproc-per-node"}
 
 def test_messages_name_only_options_that_commands_have() -> None:
     """``--trust`` was named, which no command has."""
-    there = {"--help", "--version", *ELSEWHERE}
+    there = {"--help", "--help-all", "--version", *ELSEWHERE}
     there |= {word for command in commands.commands.values() for one in command.params for word in one.opts}
     there |= {word for command in commands.commands.values() for one in command.params for word in one.secondary_opts}
     house, named = Path(boundary.__file__).parents[1], dict[str, str]()
@@ -177,13 +177,17 @@ def test_the_exit_codes_are_documented(regrow: Run) -> None:
 HOSTILE = "a\x1b[31mb\x9b1mc\u202ed\ne[red]f[/x]\udcff"
 
 
-def test_what_steers_a_terminal_is_shown_and_not_sent(capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_steers_a_terminal_is_shown_and_not_sent(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(screen, "LINE_SECONDS", 0.01)
     screen.set_up_terminal()
     screen.say(HOSTILE)
     screen.print_table(HOSTILE, (HOSTILE, "b"), [(HOSTILE, 1), ("[/x]", 2)])
     screen.print_failure(HOSTILE, 2)
     with screen.show_progress() as tell:
         tell(0, 1, HOSTILE)
+        time.sleep(0.2)
     shown = "".join(capfd.readouterr())
     assert shown.count("a\\x1b[31mb\\x9b1mc\\u202ed") == 6 and "[red]f[/x]" in shown and "[/x]" in shown
     assert not re.search("[\x1b\x9b\u202e]", shown)
@@ -194,7 +198,7 @@ def test_an_answer_keeps_its_lines_and_loses_its_escapes() -> None:
 
 
 def test_the_end_of_a_file_is_no_ctrl_c(regrow: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("regrow.methods.find_method", failing(EOFError()))
+    monkeypatch.setattr("regrow.methods.describe_method", failing(EOFError()))
     assert regrow("methods", "flap")[0] != 130
 
 
@@ -220,7 +224,7 @@ def test_an_error_that_compiled_code_makes_of_ctrl_c_is_ctrl_c(regrow: Run, monk
             signal.raise_signal(signal.SIGINT)
         raise ValueError("could not determine the shape of object type 'torch.storage.UntypedStorage'")
 
-    monkeypatch.setattr("regrow.methods.find_method", swallow)
+    monkeypatch.setattr("regrow.methods.describe_method", swallow)
     before = signal.getsignal(signal.SIGINT)
     code, _, err = regrow("methods", "flap")
     assert (code, err.strip()) == (130, "regrow: stopped; nothing was written")

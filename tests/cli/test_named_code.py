@@ -124,5 +124,5 @@ def test_a_tampered_name_is_shown_without_control_signs(run, regrow):
 
 @pytest.mark.parametrize("name", ["recover", "prune"])
 def test_help_names_the_option(name, regrow):
-    code, out, _ = regrow(name, "--help")
+    code, out, _ = regrow(name, "--help-all")
     assert code == 0 and "--code PKG:FN" in out

@@ -2,6 +2,7 @@
 
 import io
 import re
+import time
 
 import pytest
 from rich.console import Console
@@ -41,6 +42,37 @@ def test_a_bar_begins_anew_with_what_is_done_and_not_with_how_it_goes(monkeypatc
         for what in ("search", "search, stage 1", "search, stage 2", "retraining", "retraining"):
             tell(1, 2, what)
     assert len(begun) == 2
+
+
+@pytest.fixture
+def fast_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(screen, "LINE_SECONDS", 0.02)
+
+
+@pytest.mark.usefixtures("fast_lines")
+def test_a_task_has_a_line_per_tenth_at_most(capsys: pytest.CaptureFixture[str]) -> None:
+    with screen.show_progress() as tell:
+        for turn in range(2):
+            for done in range(0, 401, 4):
+                tell(done, 400, f"training, loss {done}")
+                time.sleep(0.005)
+                if done % 40 == 0:
+                    tell(turn, 3, f"evaluating on {turn}")
+    lines = capsys.readouterr().err.splitlines()
+    trained = [int(line.split(": ")[1].split("/")[0]) for line in lines if line.startswith("training")]
+    assert 5 <= len(trained) <= 22 and len(lines) < 30, lines
+    assert any(re.fullmatch(r"training, loss \d+: \d+/400, about \d+ s left", line) for line in lines)
+
+
+@pytest.mark.usefixtures("fast_lines")
+def test_what_takes_long_is_said_and_what_is_over_at_once_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+    with screen.show_lines("importing"):
+        time.sleep(0.2)
+    with screen.show_lines("importing") as tell:
+        tell(0, 1, "loading")
+        tell(0, 1, "tracing")
+        time.sleep(0.2)
+    assert capsys.readouterr().err == "importing …\ntracing …\n"
 
 
 def test_an_error_is_printed_although_printing_was_interrupted_before(capsys: pytest.CaptureFixture[str]) -> None:

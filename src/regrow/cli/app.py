@@ -2,6 +2,7 @@
 
 import sys
 import traceback
+from itertools import chain
 
 import click
 
@@ -11,7 +12,7 @@ from regrow.cli.folders import methods, report, undo
 from regrow.cli.learn import learn, search
 from regrow.cli.networks import apply, export, grow, show
 from regrow.cli.prune import prune, recover
-from regrow.cli.screen import escape_controls, print_failure, set_up_terminal
+from regrow.cli.screen import HelpContext, escape_controls, print_failure, set_up_terminal
 from regrow.core.process_memory import limit_arenas, share_cores
 
 _CODES = "\n".join(f"  {code:<5}{meaning}" for code, meaning in boundary.EXIT_CODES.items())
@@ -24,20 +25,45 @@ Start with
   regrow export RUN --to gguf --out m.gguf     a file for llama.cpp; also for transformers and onnxruntime
 
 \b
+Completion in bash (zsh, fish: docs/command-line.md)
+  eval "$(_REGROW_COMPLETE=bash_source regrow)"
+
+\b
 Exit codes
 {_CODES}
 """
 
 
-@click.group(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+HEADINGS = {
+    "Change a network": (prune, recover, grow, learn, search),
+    "Measure and use a network": (show, evaluate, chat, export),
+    "Plans, runs and methods": (apply, undo, report, methods),
+}
+
+
+class CommandGroup(click.Group):
+    """The commands of regrow, which ``--help`` lists under ``HEADINGS``."""
+
+    context_class = HelpContext
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands, each with the first line of its help."""
+        for heading, commands in HEADINGS.items():
+            with formatter.section(heading):
+                formatter.write_dl([(command.name or "", command.short_help or "") for command in commands])
+
+
+SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+@click.group(cls=CommandGroup, epilog=EPILOG, context_settings=SETTINGS)
 @click.version_option(package_name="regrow")
 def regrow() -> None:
     """Prune, grow and search trained networks."""
 
 
-VERBS = (show, prune, grow, recover, learn, search, apply, undo, evaluate, chat, export, report, methods)
-for verb in VERBS:
-    regrow.add_command(verb)
+for command in chain(*HEADINGS.values()):
+    regrow.add_command(command)
 
 
 def run_command(words: list[str]) -> int:

@@ -4,15 +4,18 @@ import importlib
 import os
 import signal
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
+from click.shell_completion import CompletionItem
 
 from regrow.cli import stop_at_once
 from regrow.cli.boundary import NOTHING_YET, Stopped, record_interrupts
-from regrow.cli.screen import err
+from regrow.cli.completion import complete
+from regrow.cli.screen import HelpContext, err, show_lines
 from regrow.core.errors import InputError
 from regrow.core.limits import expanded
 from regrow.core.names import names_function
@@ -25,6 +28,9 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 _METAVARS = {str: "TEXT", int: "INTEGER", float: "FLOAT"}
+# The most options of a command that `--help` lists all
+MOST_LISTED = 15
+_ALL = "regrow.help_all"  # the key in a context's `meta` while `--help-all` is answered
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -41,6 +47,10 @@ class PathType(click.Path):
             return expanded(Path(text))
         except InputError as error:
             self.fail(str(error), param, ctx)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Return run folders where the parameter names one, else what makes the shell list its files."""
+        return complete(ctx, param, incomplete) or super().shell_complete(ctx, param, incomplete)
 
 
 PATH = PathType(readable=False)
@@ -63,6 +73,13 @@ class _SettingType(click.ParamType):
         except InputError as error:
             raise click.UsageError(str(error), ctx) from None
 
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Return the choices, files or known names that begin with ``incomplete``."""
+        if self.field.setting.path:
+            return PATH.shell_complete(ctx, param, incomplete)
+        choices = [CompletionItem(text) for text in self.field.setting.choices if text.startswith(incomplete)]
+        return choices or complete(ctx, param, incomplete)
+
 
 class PositionalArgument(click.Argument):
     """The positional argument of a setting, which parses and checks it; its help is ``text``."""
@@ -75,11 +92,24 @@ class PositionalArgument(click.Argument):
 
 
 class GroupedOption(click.Option):
-    """An option that ``--help`` lists under ``heading``; empty: under ``Options``."""
+    """An option that help lists under ``heading`` (empty: under ``Options``); ``--help`` only if it is ``common``."""
 
-    def __init__(self, words: list[str], *, heading: str = "", **attributes: Any) -> None:
+    def __init__(self, words: list[str], *, heading: str = "", common: bool = False, **attributes: Any) -> None:
         super().__init__(words, **attributes)
-        self.heading = heading or "Options"
+        self.heading, self.common = heading or "Options", common
+
+
+def _make_help_all(*, hidden: bool) -> click.Option:
+    """Return the option ``--help-all``, which prints the help of a command with all its options, and exits."""
+
+    def answer(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+        if value and not ctx.resilient_parsing:
+            ctx.meta[_ALL] = True
+            click.echo(ctx.get_help(), color=ctx.color)
+            ctx.exit()
+
+    flag = partial(click.Option, is_flag=True, is_eager=True, expose_value=False, callback=answer)
+    return flag(["--help-all"], hidden=hidden, help="Show all options and exit.")
 
 
 class Verb(click.Command):
@@ -88,6 +118,8 @@ class Verb(click.Command):
     ``preload`` is a module that is imported before it runs, so that Ctrl-C does not interrupt imports: the default
     imports torch and nearly all that the other jobs need. ``distributed``: several processes may run it together.
     """
+
+    context_class = HelpContext
 
     def __init__(
         self,
@@ -98,7 +130,12 @@ class Verb(click.Command):
         params: list[click.Parameter],
         **attributes: Any,
     ) -> None:
-        super().__init__(params=[*_make_parameters(settings), *params] if settings else params, **attributes)
+        params = [*_make_parameters(settings), *params] if settings else params
+        options = sum(isinstance(parameter, click.Option) for parameter in params)
+        self.options = options if options > MOST_LISTED else 0  # how many `--help-all` lists; 0: those of `--help`
+        params.append(_make_help_all(hidden=not self.options))
+        short = (attributes["help"] or "").partition("\n")[0]
+        super().__init__(params=params, short_help=short, **attributes)
         self.preload, self.settings, self.distributed = preload, settings, distributed
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -113,22 +150,31 @@ class Verb(click.Command):
                 line = f"{word!r} is not valid UTF-8; rename the file, or write the text in UTF-8"
                 raise click.UsageError(line, ctx) from None
         rest = super().parse_args(ctx, args)
-        if self.settings:
+        if self.settings and not ctx.resilient_parsing:  # as in completion, where settings may be missing
             ctx.params["settings"] = _take_settings(self.settings, ctx)
         return rest
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the options to ``--help`` under their headings, after the positional arguments."""
+        """Write the options to help under their headings, after the positional arguments."""
+        is_whole = not self.options or _ALL in ctx.meta
         sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             if isinstance(parameter, PositionalArgument):
                 sections.setdefault("Arguments", []).append((parameter.make_metavar(ctx), parameter.text))
-            elif row := parameter.get_help_record(ctx):
-                sections.setdefault(getattr(parameter, "heading", "Options"), []).append(row)
-        rest = sections.pop("Options", [])  # comes last: it holds --out and --help
-        for heading, rows in [*sections.items(), ("Options", rest)]:
+            elif (is_whole or getattr(parameter, "common", True)) and (row := parameter.get_help_record(ctx)):
+                heading = getattr(parameter, "heading", "Options") if is_whole else "Common options"
+                sections.setdefault(heading, []).append(row)
+        if rest := sections.pop("Options", None):
+            sections["Options"] = rest  # comes last: it holds --out and --help
+        for heading, rows in sections.items():
             with formatter.section(heading):
                 formatter.write_dl(rows)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the examples, and how to see the options that are left out."""
+        super().format_epilog(ctx, formatter)
+        if self.options and _ALL not in ctx.meta:
+            formatter.write(f"\n  All {self.options} options: {ctx.command_path} --help-all\n")
 
     def invoke(self, ctx: click.Context) -> object:
         """Check the command line, import what the command needs, and run it; Ctrl-C raises Stopped."""
@@ -142,7 +188,8 @@ class Verb(click.Command):
         from regrow.cli.checks import check_command_line  # what can be wrong is found before anything large is imported
 
         check_command_line(self.name or "", ctx.params)
-        importlib.import_module(self.preload)
+        with show_lines("importing packages"):
+            importlib.import_module(self.preload)
         if signal.getsignal(signal.SIGINT) is stop_at_once:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         with record_interrupts() as signals:
@@ -242,7 +289,7 @@ def _describe_option(field: DeclaredSetting) -> dict[str, Any]:
         text += f"  [default: {default}]"
     if field.type is bool:
         left_open = {"default": None} if field.default is None else {}
-        return {"is_flag": True, "help": text, "heading": setting.group, **left_open}
+        return {"is_flag": True, "help": text, "heading": setting.group, "common": setting.common, **left_open}
     multiple = field.is_repeated or field.is_mapping
     choices = f"[{'|'.join(setting.choices)}]" if setting.choices else _METAVARS[field.type]
     return {
@@ -252,6 +299,7 @@ def _describe_option(field: DeclaredSetting) -> dict[str, Any]:
         "metavar": setting.metavar or choices,
         "help": text,
         "heading": setting.group,
+        "common": setting.common,
     }
 
 
@@ -265,24 +313,30 @@ MODEL_HELP = f"MODEL: {list_declared(prune.Settings)['model'].setting.help}"
 dtype, device, input_shape = map(_make_option, ("dtype", "device", "input"))
 code = click.option(
     "--code",
+    cls=GroupedOption,
     default="",
     metavar="PKG:FN",
-    help="The function that builds the network, for a run folder whose network your own code builds. It is imported "
-    "and called; code named in the folder's files is never run.",
+    help="Your function that builds the network of a run folder. It is imported and called; code named in the "
+    "folder's files is never run.",
 )
 memory = click.option(
     "--memory",
     default="",
     metavar="AMOUNT",
-    help="How much memory the command may use, like 4GiB. A text model that does not fit is read one block at a time "
-    "(for gguf one tensor), with the same result; how is printed first.",
+    help="How much memory the command may use, like 4GiB. A text model that does not fit is read one block at a time.",
+)
+dry_run = click.option(
+    "--dry-run",
+    cls=GroupedOption,
+    type=PATH,
+    help="Only write the plan to this JSON file; `regrow apply` applies it.",
 )
 
 
 def run_folder(command: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator: add ``--out``, the run folder to write, and ``--config``, a run whose settings are taken."""
     help = "A run of this command, whose settings are taken; options on the command line take precedence."
-    config = click.option("--config", type=PATH, metavar="RUN", help=help)
+    config = click.option("--config", cls=GroupedOption, type=PATH, metavar="RUN", help=help)
     help = "The run folder to write. If the run was stopped, the same command resumes it."
     return config(click.option("--out", type=PATH, help=help)(command))
 

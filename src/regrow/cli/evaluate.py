@@ -8,6 +8,7 @@ import click
 
 from regrow.cli import command
 from regrow.cli.command import Verb
+from regrow.cli.completion import complete
 from regrow.cli.screen import format_number, print_table, say, say_peak, say_pieces, show_progress
 from regrow.settings.evaluate import Settings
 
@@ -27,7 +28,10 @@ _NO_TOKENIZER = "has no tokenizer, which chat needs; name a language model, for 
 @command.code
 @command.memory
 def evaluate(settings: Settings, json_file: Path | None, code: str, memory: str) -> None:
-    """Measure quality, size and speed of MODEL, on the evaluation half of each source."""
+    """Measure quality, size and speed of MODEL.
+
+    Quality is measured on the evaluation half of each source.
+    """
     command.announce_code(settings.model, code)
     from regrow.jobs.evaluate import evaluate_named as run_job
     from regrow.jobs.recording import Invocation
@@ -58,8 +62,8 @@ def evaluate(settings: Settings, json_file: Path | None, code: str, memory: str)
 
 
 @click.command(cls=Verb, epilog=EPILOG)
-@click.argument("model")
-@click.argument("other", required=False)
+@click.argument("model", shell_complete=complete)
+@click.argument("other", required=False, shell_complete=complete)
 @click.option("--prompt", "prompts", multiple=True, help="Print the answer to this message, and exit. Repeatable.")
 @click.option("--longest", default=256, show_default=True, type=click.IntRange(min=1), help="Most tokens of an answer.")
 @click.option(
@@ -74,9 +78,9 @@ def evaluate(settings: Settings, json_file: Path | None, code: str, memory: str)
 def chat(
     model: str, other: str | None, prompts: tuple[str, ...], longest: int, temperature: float, dtype: str, device: str
 ) -> None:
-    """Chat with MODEL, or with MODEL and OTHER, which both answer each message.
+    """Chat with MODEL, or with two models in turn.
 
-    Each is a run folder, or any model that `regrow prune` takes.
+    MODEL and OTHER both answer each message. Each is a run folder, or any model that `regrow prune` takes.
     """
     from regrow import store
     from regrow.evaluation.generation import reply

@@ -1,12 +1,12 @@
 """Commands that read run folders (``report``, ``undo``), and ``methods``."""
 
 import re
-from dataclasses import fields
 from pathlib import Path
 
 import click
 
 from regrow.cli.command import PATH, Verb
+from regrow.cli.completion import complete
 from regrow.cli.runs import say_run
 from regrow.cli.screen import print_table, say
 from regrow.store.atomic import PAGE, PAGES
@@ -27,7 +27,10 @@ Examples
 @click.argument("runs", nargs=-1, required=True, type=PATH, metavar="RUN...")
 @click.option("--out", type=PATH, help="The HTML file to write; default: RUN/report.html, of several comparison.html.")
 def report(runs: tuple[Path, ...], out: Path | None) -> None:
-    """Print the report of RUN, or the comparison of several, and write it as an HTML page that needs no internet."""
+    """Report on RUN, or compare several runs.
+
+    The report is printed, and written as an HTML page that needs no internet.
+    """
     from regrow.reports import comparison, read_runs, to_html
     from regrow.store.atomic import write_output
     from regrow.store.run_record import RUN, find_unfinished
@@ -57,7 +60,10 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
 @click.argument("run", type=PATH)
 @click.option("--out", type=PATH, help="The folder to write, new or empty; default: RUN itself is replaced.")
 def undo(run: Path, out: Path | None) -> None:
-    """Undo the last change of the network of RUN: return to the run or model that it started from, bit for bit."""
+    """Return to the model before the last change of RUN.
+
+    The run or model that RUN started from is restored bit for bit.
+    """
     from regrow.jobs.parents import read_stages, undo_run
 
     last = read_stages(run)[-1].record
@@ -66,33 +72,37 @@ def undo(run: Path, out: Path | None) -> None:
     say(f"undone: regrow {last['verb']} ({last['changed']}); {folder} holds the {what} before it")
 
 
-@click.command(cls=Verb, preload="torch")
-@click.argument("name", required=False)
+@click.command(cls=Verb, preload="regrow.methods")
+@click.argument("name", required=False, shell_complete=complete)
 def methods(name: str | None) -> None:
-    """List all methods, or explain method NAME: what it does, its settings, its citation."""
+    """List all methods, or explain one.
+
+    Of method NAME: what it does, its settings, its citation.
+    """
     from regrow.cli.checks import METHOD_KINDS
-    from regrow.methods import TABLES, added_methods, find_method
+    from regrow.methods import TABLES, added_methods, describe_method
 
     if name is None:
         added = added_methods()
         for command, kind in METHOD_KINDS.items():
-            entries = dict(TABLES[kind]) | {key: row for key, row in added.items() if row.kind == kind}
-            rows = [(key, row.about.strip().splitlines()[0].rstrip(".")) for key, row in entries.items()]
+            abouts = {key: TABLES[kind].describe(key).about for key in TABLES[kind]}
+            abouts |= {key: row.about for key, row in added.items() if row.kind == kind}
+            rows = [(key, about.strip().splitlines()[0].rstrip(".")) for key, about in abouts.items()]
             print_table(f"Methods of `regrow {command}`", ("name", "what it does"), rows)
         say("`regrow methods NAME` explains one and lists its settings")
         return
-    method = find_method(None, name)
+    method = describe_method(name)
     say(method.about.strip() + "\n", lines=True)
     helps: dict[str, str] = {}
     current = ""
-    for line in (method.settings.__doc__ or "").partition("Args:")[2].splitlines():
+    for line in method.settings_help.partition("Args:")[2].splitlines():
         if match := re.match(r"\s{8}(\w+): (.*)", line):
             current = match[1]
             helps[current] = match[2]
         elif current and line.strip():
             helps[current] += " " + line.strip()
-    settings = fields(method.settings)
-    rows = [(f"--set {field.name}={_format_default(field.default)}", helps.get(field.name, "")) for field in settings]
+    defaults = method.defaults.items()
+    rows = [(f"--set {key}={_format_default(default)}", helps.get(key, "")) for key, default in defaults]
     print_table("Settings and their defaults", ("flag", "meaning"), rows)
     say(f"\nCite: {method.citation}", lines=True)
 

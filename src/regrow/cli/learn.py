@@ -30,10 +30,11 @@ _resumed = partial(click.option, cls=GroupedOption, heading="Resuming a run")
 
 @click.command(cls=Verb, settings=learning.Settings, distributed=True, epilog=LEARN_EPILOG)
 @command.run_folder
-@_resumed("--resume", type=command.PATH, help="Resume the run in this folder, or add tasks to it.")
+@_resumed("--resume", common=True, type=command.PATH, help="Resume the run in this folder, or add tasks to it.")
 @_resumed(
     "--task",
     "added",
+    common=True,
     multiple=True,
     metavar="TASKS",
     help="With --resume: further sequences of tasks to learn. Repeatable.",
@@ -52,7 +53,10 @@ def learn(
     without_old: bool,
     code: str,
 ) -> None:
-    """Train a network on TASKS in sequence; writes a folder with the network, the accuracy matrix and every plan."""
+    """Train a network on TASKS in sequence.
+
+    Writes a folder with the network, the accuracy matrix and every plan.
+    """
     from regrow.jobs.learn import extend, learn_named
 
     if settings is None:
@@ -73,8 +77,9 @@ def learn(
 @command.run_folder
 @command.code
 def search(settings: searching.Settings, code: str, out: Path) -> None:
-    """Search SPACE for a network within the target size and train it; writes a folder with the network and a report.
+    """Search SPACE for a network of a target size.
 
+    The network is trained; writes a folder with it and a report.
     A part of the training examples is held out for validation; the test set is used once, at the end.
     """
     command.announce_code(settings.space, code, settings.method)

@@ -7,6 +7,7 @@ import click
 
 from regrow.cli import command
 from regrow.cli.command import Verb
+from regrow.cli.completion import complete
 from regrow.cli.runs import recorded_run
 from regrow.cli.screen import format_number, print_table, say, say_peak, show_progress
 from regrow.settings import export as exporting
@@ -36,15 +37,16 @@ Examples
 
 
 @click.command(cls=Verb, epilog=command.MODEL_HELP)
-@click.argument("model")
+@click.argument("model", shell_complete=complete)
 @click.option("--all", "everything", is_flag=True, help="List every frozen axis, instead of one row per reason.")
 @command.code
 @command.dtype
 @command.input_shape
 def show(model: str, everything: bool, code: str, dtype: str, input: str) -> None:
-    """List the axes of MODEL: which can be cut, what one unit costs, and why the others are frozen.
+    """List the axes of MODEL and what a unit costs.
 
-    Of a run folder, the runs that made its network are listed too, with what each changed and where its copy is.
+    It says which axes can be cut, and why the others are frozen. Of a run folder, the runs that made its network are
+    listed too, with what each changed and where its copy is.
     """
     from regrow.jobs.models import ModelSpec, trace_model
     from regrow.nets.loaded import format_shape
@@ -84,15 +86,16 @@ def _say_history(run: Path) -> None:
 
 @click.command(cls=Verb, name="apply", epilog=command.MODEL_HELP)
 @click.argument("plan", type=command.PATH)
-@click.argument("model")
+@click.argument("model", shell_complete=complete)
 @click.option("--out", required=True, type=command.PATH, help="The folder to write the changed model to.")
 @command.code
 @command.dtype
 @command.input_shape
 def apply(plan: Path, model: str, out: Path, code: str, dtype: str, input: str) -> None:
-    """Apply PLAN (a plan from `prune --dry-run`, or a run's ledger.json) to MODEL and save the result.
+    """Apply PLAN to MODEL and save the result.
 
-    A plan may cut, grow or restore units. To restore, pass the ledger.json that also holds the cut.
+    PLAN is a file of `prune --dry-run`, or the ledger.json of a run. It may cut, grow or restore units. To restore,
+    pass the ledger.json that also holds the cut.
     """
     from regrow.jobs.models import ModelSpec, load_model
     from regrow.jobs.parents import read_parent
@@ -135,11 +138,12 @@ def _read_plans(path: Path) -> list[Any]:
 
 @click.command(cls=Verb, settings=growing.Settings, epilog=GROW_EPILOG)
 @command.run_folder
-@click.option("--dry-run", type=command.PATH, help="Only write the plan to this JSON file; `regrow apply` applies it.")
+@command.dry_run
 @command.code
 def grow(settings: growing.Settings, out: Path | None, dry_run: Path | None, code: str) -> None:
-    """Widen or deepen MODEL such that its outputs do not change; writes a folder with the model and a report.
+    """Widen or deepen MODEL and keep its outputs.
 
+    Writes a folder with the model and a report.
     Outputs before and after are compared, in float64 and in the model's precision, and the largest change is printed.
     Axes for which no exact way is known (under LayerNorm or GroupNorm) are refused with the reason.
     """
@@ -178,7 +182,10 @@ def _write_growth_plan(settings: growing.Settings, path: Path, code: str) -> Non
 @command.code
 @command.memory
 def export(settings: exporting.Settings, out: Path, code: str, memory: str) -> None:
-    """Export MODEL, and check the written file by loading it."""
+    """Export MODEL to transformers, GGUF or ONNX.
+
+    The written file is checked by loading it.
+    """
     command.announce_code(settings.model, code)
     from regrow.jobs.export import export_named
     from regrow.jobs.recording import Invocation

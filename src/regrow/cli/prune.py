@@ -32,11 +32,14 @@ Examples
 
 @click.command(cls=Verb, settings=Settings, distributed=True, epilog=EPILOG)
 @command.run_folder
-@click.option("--dry-run", type=command.PATH, help="Only write the plan to this JSON file; `regrow apply` applies it.")
+@command.dry_run
 @command.code
 @command.memory
 def prune(settings: Settings, out: Path | None, dry_run: Path | None, code: str, memory: str) -> None:
-    """Prune MODEL to a fraction of its weights; writes a folder with the model and a report of the loss in quality."""
+    """Prune MODEL to a target size.
+
+    Writes a folder with the model and a report of the loss in quality.
+    """
     several = read_ranks().several
     command.announce_code(settings.model, code, settings.method)
     if several and (dry_run or settings.device != "cpu"):
@@ -74,7 +77,10 @@ def _write_plan(settings: Settings, path: Path, code: str, memory: str) -> None:
 @command.code
 @command.memory
 def recover(settings: recovery.Settings, code: str, memory: str, out: Path) -> None:
-    """Recover quality that pruning lost: train the model of RUN on the sources of its pruning run."""
+    """Recover quality that pruning lost.
+
+    Layers of the model of RUN are fitted or trained on the sources of its pruning run.
+    """
     ranks = read_ranks()
     if ranks.several and settings.by not in ("lora", "distil"):
         raise click.UsageError(f"--by {settings.by} runs in one process, unlike lora and distil; leave out torchrun")

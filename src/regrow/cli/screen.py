@@ -1,14 +1,17 @@
-"""Terminal output: tables, progress with the time left, and errors in one line; no other module prints."""
+"""Terminal output: tables, help, progress with the time left, and errors in one line; no other module prints."""
 
 import io
 import logging
 import sys
+import threading
 import time
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
+import click
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -51,7 +54,7 @@ def escape_controls(text: str, keep: str = "") -> str:
     )
 
 
-LINE_SECONDS = 10
+LINE_SECONDS = 3.0
 # Characters that ordinary texts need: line ends, tabs, soft hyphens and zero-width joiners.
 TEXT = "\n\t\u00ad\u200c\u200d"
 _STEERING = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
@@ -93,6 +96,29 @@ def _make_text(cell: object) -> Text:
     return Text(escape_controls(str(cell)))
 
 
+class _HelpFormatter(click.HelpFormatter):
+    """Writes help, with headings and first columns in colour where a terminal shows colours."""
+
+    def write_heading(self, heading: str) -> None:
+        """Write the heading of a section."""
+        super().write_heading(_colour(heading, "yellow"))
+
+    def write_dl(self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2) -> None:
+        """Write rows of an option or a command, and its help."""
+        super().write_dl([(_colour(first, "cyan"), text) for first, text in rows], col_max, col_spacing)
+
+
+def _colour(text: str, colour: str) -> str:
+    """Return a text with the escape sequences of a colour, unless output is no terminal or ``NO_COLOR`` is set."""
+    return text if out.color_system is None or out.no_color else click.style(text, fg=colour, bold=True)
+
+
+class HelpContext(click.Context):
+    """The context of a command whose help is in colour."""
+
+    formatter_class = _HelpFormatter
+
+
 @contextmanager
 def show_progress() -> Iterator[Progress]:
     """Context manager: show progress with the time left on the error stream, as a bar in a terminal, else plain lines.
@@ -101,7 +127,8 @@ def show_progress() -> Iterator[Progress]:
     shown below the bar; a new part before the comma restarts the bar.
     """
     if not err.is_terminal:
-        yield _plain_progress()
+        with show_lines() as update:
+            yield update
         return
     from regrow.jobs.progress_bar import progress_bar
 
@@ -109,28 +136,58 @@ def show_progress() -> Iterator[Progress]:
         yield lambda done, total, what: update(done, total, escape_controls(what))
 
 
-def _plain_progress() -> Progress:
-    """Return a function that prints progress as lines: each new task, each tenth, and every ``LINE_SECONDS`` seconds.
+@contextmanager
+def show_lines(what: str = "starting") -> Iterator[Progress]:
+    """Context manager: print progress on the error stream, at most one line per tenth of a task and ``LINE_SECONDS``.
 
-    Texts with one first word and number of steps belong to one task. The time left counts the steps seen alone.
+    ``what`` is done until the first report. Texts with one first word and number of steps belong to one task; short
+    tasks have no line. The time left counts the steps seen alone.
     """
-    last, began, first, tenth, task = 0.0, time.monotonic(), 0, -1, ("", 0)
+    tasks: dict[tuple[str, int], _Task] = {}
+    latest = (_Task(), 0, 1, what)
+    is_over = threading.Event()
 
     def update(done: int, total: int, what: str) -> None:
-        nonlocal last, began, first, tenth, task
-        now = time.monotonic()
-        if task != (what.split(" ")[0], total) or done < first:
-            task, began, first, tenth = (what.split(" ")[0], total), now, done, -1
-        if 10 * done // max(1, total) == tenth and now - last < LINE_SECONDS:
-            return
-        last, tenth = now, 10 * done // max(1, total)
-        remaining = ""
-        if first < done < total and now - began > 1:
-            remaining = f", about {(now - began) / (done - first) * (total - done):.0f} s left"
-        sys.stderr.write(f"{escape_controls(what)}: {done}/{total}{remaining}\n")
-        sys.stderr.flush()
+        nonlocal latest
+        key = (what.split(" ")[0] if total > 1 else what, total)
+        task = tasks.get(key)
+        if task is None or done < task.done:
+            task = tasks[key] = _Task(done)
+        task.done = done
+        latest = (task, done, total, what)
 
-    return update
+    def print_lines() -> None:
+        while not is_over.wait(LINE_SECONDS):
+            task, done, total, text = latest
+            if (tenth := 10 * done // max(1, total)) > task.tenth:
+                task.tenth = tenth
+                steps = f": {done}/{total}{task.estimate(done, total)}" if total > 1 else " …"
+                sys.stderr.write(f"{escape_controls(text)}{steps}\n")
+                sys.stderr.flush()
+
+    thread = threading.Thread(target=print_lines, daemon=True)
+    thread.start()
+    try:
+        yield update
+    finally:
+        is_over.set()
+        thread.join()
+
+
+@dataclass
+class _Task:
+    """A task of which progress lines are printed."""
+
+    first: int = 0  # the steps done when it was first reported, which tell no speed
+    done: int = 0
+    tenth: int = -1  # the last tenth of which there was a line
+    began: float = field(default_factory=time.monotonic)
+
+    def estimate(self, done: int, total: int) -> str:
+        """Return the time left as text; empty if it is not known."""
+        if not self.first < done < total:
+            return ""
+        return f", about {(time.monotonic() - self.began) / (done - self.first) * (total - done):.0f} s left"
 
 
 def say_pieces(title: str, pieces: Iterator[str]) -> str:

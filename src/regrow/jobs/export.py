@@ -83,7 +83,6 @@ def open_named(settings: Settings, invocation: "Invocation") -> ExportInputs:
 
     if invocation.memory:
         return _open_by_tensor(settings, invocation)
-    invocation.progress(0, 1, "loading the model")
     loaded = load_model(ModelSpec(settings.model, input=settings.input), invocation.progress, invocation.code)
     return ExportInputs(attach_origin(loaded), loaded.example)
 

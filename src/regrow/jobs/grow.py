@@ -180,13 +180,11 @@ def _grow_checked(
     row: dict[str, Any] = {}
     if in_float64:
         with run.stage("verify"):
-            run.progress(0, 1, "comparing the outputs in float64")
             result = verify(model, axes, plan)
             row = {**asdict(result), "dtype": "float64"}
             if not result.ok:
                 raise _make_change_error(result.max_abs_diff, result.bound, "float64")
     with run.stage("apply"):
-        run.progress(0, 1, "growing")
         _, after = apply(model, axes, plan)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     share = MAX_CHANGE * (1 if dtype in ("float32", "float64") else 100) if plan.changes else exact
@@ -287,7 +285,6 @@ def open_named(settings: Settings, invocation: Invocation, run: ActiveRun) -> Gr
         specs = replace(specs, seed=settings.seed, generated_tokens=settings.tokens)
         data = read_sources(specs, loaded)
     with run.stage("trace"):
-        progress(0, 1, "tracing")
         axes = trace_loaded(loaded)
     return GrowInputs(loaded, axes, data, specs=specs)
 

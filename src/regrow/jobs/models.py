@@ -54,6 +54,7 @@ def load_model(spec: ModelSpec, progress: Progress = silent, code: str = "") -> 
     ``code``: the user's function that builds it, as ``MODULE:FUNCTION``; empty: none. Raises ModelError if the model is
     unknown, or a folder needs ``code`` that is not given.
     """
+    progress(0, 1, f"loading {spec.name}")
     device, dtype, folder = choose_device(spec.device), DTYPES.get(spec.dtype), Path(spec.name)
     if not (folder / store.SHAPES).is_file():
         check_code(spec.name, False, code)
@@ -94,6 +95,7 @@ def trace_model(spec: ModelSpec, progress: Progress = silent, code: str = "") ->
     That holds for folders of transformers, saved transformers models and packaged models, unless ``code`` or an input
     shape is given. Other models are loaded; arguments and errors are those of :func:`load_model`.
     """
+    progress(0, 1, "tracing")
     if not code and not spec.input and (spec.name in PACKAGED or Path(spec.name).is_dir()):
         with suppress(ValueError):  # what cannot be opened so is loaded, or refused with the reason
             opened = open_network(spec.name, DTYPES.get(spec.dtype))

@@ -145,7 +145,8 @@ class ActiveRun:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Context manager: add the seconds that its block takes to those of stage ``name``, and record them."""
+        """Context manager: announce a stage, add the seconds that its block takes to those of ``name``, record them."""
+        self.progress(0, 1, {"plan": "planning", "distil": "distilling"}.get(name, f"{name.removesuffix('e')}ing"))
         start = time.perf_counter()
         yield
         self.seconds[name] = round(self.seconds.get(name, 0) + time.perf_counter() - start, 3)

@@ -67,7 +67,6 @@ class WholeNetwork:
         model = self.loaded.model
         if run.record.is_kept:
             with run.stage("verify"):
-                run.progress(0, 1, "proving that masked = shrunk")
                 result = verify(model, axes, plan)
             run.record.log("verify", **asdict(result), dtype="float64")
             if not result.ok:

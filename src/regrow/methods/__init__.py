@@ -77,6 +77,16 @@ class MethodEntry:
         return self.build(convert(values, self.settings, name, remedy), **inputs)
 
 
+@dataclass(frozen=True)
+class MethodText:
+    """What is printed about a method; parts as in :class:`MethodEntry`."""
+
+    about: str
+    citation: str
+    settings_help: str  # the docstring of the settings
+    defaults: Mapping[str, object]  # the default of each setting
+
+
 class MethodTable(Mapping[str, MethodEntry]):
     """A read-only mapping from name to built-in method of one kind; reading an entry imports its module."""
 
@@ -89,15 +99,20 @@ class MethodTable(Mapping[str, MethodEntry]):
         module = importlib.import_module(f"regrow.methods.{self._kind}.{name}")
         return MethodEntry(self._kind, module.Settings, module.build, module.CITATION, module.__doc__ or "")
 
-    def setting_names(self, name: str) -> tuple[str, ...] | None:
-        """Return the names of a method's settings, read from its source; ``None`` if it is not in this package."""
+    def describe(self, name: str) -> "MethodText":
+        """Return what the source of a method says of it, without importing it."""
         path = Path(__file__).parent / self._kind / name
-        for file in (path.with_suffix(".py"), *path.glob("*.py")):
-            for node in ast.parse(file.read_text(encoding="utf-8")).body if file.is_file() else ():
-                if isinstance(node, ast.ClassDef) and node.name == "Settings":
-                    targets = (item.target for item in node.body if isinstance(item, ast.AnnAssign))
-                    return tuple(target.id for target in targets if isinstance(target, ast.Name))
-        return None
+        file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        module = ast.parse(file.read_text(encoding="utf-8"))
+        (settings,) = (node for node in module.body if isinstance(node, ast.ClassDef) and node.name == "Settings")
+        values = {ast.unparse(node.targets[0]): node.value for node in module.body if isinstance(node, ast.Assign)}
+        defaults = {
+            ast.unparse(node.target): ast.literal_eval(node.value)
+            for node in settings.body
+            if isinstance(node, ast.AnnAssign) and node.value
+        }
+        about, help = ast.get_docstring(module) or "", ast.get_docstring(settings, clean=False) or ""
+        return MethodText(about, ast.literal_eval(values["CITATION"]), help, defaults)
 
     def __contains__(self, name: object) -> bool:
         return name in self._names
@@ -146,22 +161,35 @@ def check_name(kind: MethodKind | None, name: str, settings: Collection[str] = (
     """
     tables = _tables(kind)
     if table := next((table for table in tables if name in table), None):
-        setting_names = table.setting_names(name) if settings else None
+        known = table.describe(name).defaults if settings else ()
         for key in settings:
-            if setting_names is not None and key not in setting_names:
-                raise ValueError(f"{name} has no setting {key!r}; it has {', '.join(setting_names) or 'none'}")
+            if key not in known:
+                raise ValueError(f"{name} has no setting {key!r}; it has {', '.join(known) or 'none'}")
         return
     if names_function(name):
         return
-    installed = _installed_methods()
-    if name in installed:
+    if name in _installed_methods():
         return
-    built_in = {other for table in TABLES.values() for other in table}
-    names = [*(key for table in tables for key in table), *(installed.keys() - built_in)]
+    names = list_names(kind)
     near = get_close_matches(name.lower().replace("-", "_"), names, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? the" if near else "the"
     what, all_of = ("recovery", "recoveries") if kind == MethodKind.RECOVERY else ("method", "methods")
     raise ValueError(f"there is no {what} {name!r}; {hint} {all_of} are {', '.join(names)}")
+
+
+def list_names(kind: MethodKind | None) -> list[str]:
+    """Return the names of the methods of one kind (``None``: any), and of those of any kind that packages add."""
+    built_in = {name for table in TABLES.values() for name in table}
+    return [*(name for table in _tables(kind) for name in table), *(_installed_methods().keys() - built_in)]
+
+
+def describe_method(name: str) -> MethodText:
+    """Return what is printed about a method of any kind; imports it only if it is not in this package."""
+    for table in TABLES.values():
+        if name in table:
+            return table.describe(name)
+    entry = find_method(None, name)
+    return MethodText(entry.about, entry.citation, entry.settings.__doc__ or "", entry.defaults(()))
 
 
 def _tables(kind: MethodKind | None) -> list[MethodTable]:

@@ -42,6 +42,7 @@ class Setting:
     argument: bool = False  # it is a positional argument, without option
     metavar: str = ""  # what stands for the value in `--help`; empty: a word for its type
     group: str = ""  # the heading of `--help` under which it is listed; empty: `Options`
+    common: bool = False  # `--help` lists it; of a command with many options, the others are left to `--help-all`
     range: Range | None = None
     choices: tuple[str, ...] = ()
     example: str = ""  # a value for error messages; empty: the default

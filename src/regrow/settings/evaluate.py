@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Annotated
 
+from regrow.settings import shared
 from regrow.settings.constraints import Range
 from regrow.settings.declaration import MAX_COUNT, Setting
-from regrow.settings.shared import DATA, Device, Dtype, EvalTokens, ForwardPrecision, Input, SeqLen, check_formats
 
 TASKS = "Tasks"
 
@@ -20,9 +20,7 @@ class Settings:
         argument=True, code=True, example="RUN",
     )]
     sources: Annotated[tuple[str, ...], Setting(
-        "A text domain to measure on: news, code, manual or talk (included), or NAME=PATH for your own file or folder "
-        "of text. For image models: digits, or NAME=FOLDER with one folder per class. Repeat it for several.",
-        option="--source", metavar="NAME[=PATH]", group=DATA, source=True,
+        shared.EVALUATED, option="--source", metavar="NAME[=PATH]", group=shared.DATA, source=True,
     )] = ()
     choices: Annotated[tuple[str, ...], Setting(
         "A file of multiple-choice items, one JSON object per line (.jsonl[.gz]). Repeatable.",
@@ -30,17 +28,17 @@ class Settings:
     )] = ()
     items: Annotated[int, Setting("Number of items per file.", group=TASKS, range=Range(1, MAX_COUNT))] = 200
     speed: Annotated[bool, Setting("Also measure the time of a forward pass.")] = False
-    eval_tokens: EvalTokens = 2048
-    seq_len: SeqLen = 256
+    eval_tokens: shared.EvalTokens = 2048
+    seq_len: shared.SeqLen = 256
     batch_size: Annotated[int, Setting(
         "Windows of text that run at a time; 8 is faster than 1 and takes more memory.",
         range=Range(1, 2**16), example="8",
     )] = 1
-    dtype: Dtype = ""
-    device: Device = "cpu"
-    precision: ForwardPrecision = "float32"
-    input: Input = ""
+    dtype: shared.Dtype = ""
+    device: shared.Device = "cpu"
+    precision: shared.ForwardPrecision = "float32"
+    input: shared.Input = ""
     # fmt: on
 
     def __post_init__(self) -> None:
-        check_formats(self.precision, dtype=self.dtype)
+        shared.check_formats(self.precision, dtype=self.dtype)

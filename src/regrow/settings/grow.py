@@ -9,7 +9,7 @@ from regrow.settings import shared
 from regrow.settings.constraints import Range
 from regrow.settings.declaration import MAX_COUNT, SEED, Setting
 
-AMOUNT, NEW, DATA, TRAINING = "What grows", "New units", "Data", "Training"
+AMOUNT, NEW, DATA, TRAINING = "What grows", "New units", shared.DATA, shared.TRAINING
 
 
 @dataclass(frozen=True)
@@ -18,30 +18,28 @@ class Settings:
 
     # fmt: off
     model: Annotated[str, Setting(
-        "A run folder of any command, a transformers folder or hub id, a .gguf file, smollm2-135m or gemma3-270m (from "
-        "their PyPI packages), a torchvision name (resnet18), or a Python callable pkg.mod:fn.",
-        argument=True, code=True, example="smollm2-135m --mlp +25% --out RUN",
+        shared.MODEL, argument=True, code=True, example="smollm2-135m --mlp +25% --out RUN",
     )]
     mlp: Annotated[str, Setting(
         "Hidden neurons that every MLP gains: +25% of its width, rounded up, or +32.",
-        metavar="AMOUNT", group=AMOUNT, example="+25%",
+        metavar="AMOUNT", group=AMOUNT, common=True, example="+25%",
     )] = ""
     heads: Annotated[str, Setting(
         "Attention heads that every attention gains; where query heads share keys and values, whole groups of them.",
-        metavar="AMOUNT", group=AMOUNT, example="+1",
+        metavar="AMOUNT", group=AMOUNT, common=True, example="+1",
     )] = ""
     channels: Annotated[str, Setting(
         "Channels that the convolutions inside of blocks gain.",
-        metavar="AMOUNT", group=AMOUNT, example="+32",
+        metavar="AMOUNT", group=AMOUNT, common=True, example="+32",
     )] = ""
     blocks: Annotated[tuple[str, ...], Setting(
         "Copies of residual blocks that every stack of blocks gains, evenly among its blocks; STACK=AMOUNT for one "
-        "stack (layer3=+1). The last projections of a copy are 0, so that it gives its input unchanged.",
-        metavar="[STACK=]AMOUNT", group=AMOUNT, example="+2",
+        "stack (layer3=+1). Repeatable.",
+        metavar="[STACK=]AMOUNT", group=AMOUNT, common=True, example="+2",
     )] = ()
     axis: Annotated[tuple[str, ...], Setting(
-        "Units that one axis gains, by its key or a pattern of keys (`regrow show` lists them). Repeat it for several.",
-        metavar="KEY=AMOUNT", group=AMOUNT, example="'*.mlp.*=+64'",
+        "Units that one axis gains, by its key or a pattern of keys (`regrow show` lists them). Repeatable.",
+        metavar="KEY=AMOUNT", group=AMOUNT, common=True, example="'*.mlp.*=+64'",
     )] = ()
     fill: Annotated[str, Setting(
         "zero_out: random weights that make new units, 0 that read them; split: copies of old units, which share their "
@@ -49,30 +47,28 @@ class Settings:
         group=NEW, choices=("zero_out", "split"),
     )] = "zero_out"
     sources: Annotated[tuple[str, ...], Setting(
-        "A kind of text to measure before and after: news, code, manual, talk, or NAME=PATH. For image models: digits, "
-        "or NAME=FOLDER with a folder per class. Repeat it for several.",
-        option="--source", metavar="NAME[=PATH]", group=DATA, source=True,
+        shared.EVALUATED, option="--source", metavar="NAME[=PATH]", group=DATA, common=True, source=True,
     )] = ()
     eval_tokens: shared.EvalTokens = 2048
     seq_len: shared.SeqLen = 256
-    seed: Annotated[int, Setting("Seed of the random weights of new units.", group=NEW, range=SEED)] = 0
+    seed: Annotated[int, Setting("Seed of the weights of new units.", group=NEW, common=True, range=SEED)] = 0
     dtype: shared.Dtype = ""
     device: shared.Device = "cpu"
     precision: shared.ForwardPrecision = "float32"
     input: shared.Input = ""
     on: Annotated[tuple[str, ...], Setting(
-        "Train on this after the growth: a source, as for --source, which is also measured. Repeat it for several.",
-        metavar="NAME[=PATH]", group=TRAINING, source=True,
+        "Train on this after the growth: a source, as for --source, which is also measured. Repeatable.",
+        metavar="NAME[=PATH]", group=TRAINING, common=True, source=True,
     )] = ()
     steps: Annotated[int, Setting("Training steps, of one window of text or one batch of images each.",
-        group=TRAINING, range=Range(0, MAX_COUNT), example="200",
+        group=TRAINING, common=True, range=Range(0, MAX_COUNT), example="200",
     )] = 0
     train: Annotated[str, Setting(
         "What is trained: the new parameters alone (the others stay bit for bit), or all.",
-        group=TRAINING, choices=("new", "all"),
+        group=TRAINING, common=True, choices=("new", "all"),
     )] = "new"
     lr: Annotated[float, Setting(
-        "Learning rate of AdamW, which falls to 0.", group=TRAINING, range=shared.RATES,
+        "Learning rate of AdamW, which falls to 0.", group=TRAINING, common=True, range=shared.RATES,
     )] = 1e-3
     tokens: Annotated[int, Setting(
         "Training tokens per source; or images.", group=TRAINING, range=Range(1, MAX_COUNT),

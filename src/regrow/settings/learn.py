@@ -7,6 +7,7 @@ from typing import Annotated
 from regrow.settings import shared
 from regrow.settings.constraints import Range
 from regrow.settings.declaration import Setting
+from regrow.settings.shared import TRAINING
 
 
 def parse_sequence(spec: str) -> tuple[str, str, int]:
@@ -27,30 +28,28 @@ class Settings:
 
     # fmt: off
     tasks: Annotated[tuple[str, ...], Setting(
-        "Sequences of tasks, one after the other: permuted:DATA:10, rotated:DATA:10, split:DATA:5, or DATA for a "
-        "single task. DATA is digits (scikit-learn's), a folder with the four files of MNIST or Fashion-MNIST, or "
-        "one with images in train/CLASS/… and test/CLASS/…; all images get the size and channels of the first task.",
+        "Tasks in sequence: permuted:DATA:10, rotated:DATA:10, split:DATA:5, or DATA: digits or a folder of images; "
+        "for language models news, code, manual, talk or NAME=PATH.",
         argument=True, example="permuted:digits:5 --out RUN",
     )]
     model: Annotated[str, Setting(
-        "The network: a new one, mlp:100-100 (hidden widths), resnet:16-3 (width, stages) or resnet-gn:16-3 (with "
-        "GroupNorm); or, with its weights, a run folder of any command or another MODEL that `regrow prune` takes. "
-        "Images get the size that it takes; a language model learns text: news, code, manual, talk or NAME=PATH.",
-        code=True, always_shown=True,
+        "The network: a new one, mlp:100-100 (widths), resnet:16-3 or resnet-gn:16-3 (width, stages); or, with its "
+        "weights, a MODEL that `regrow prune` takes.",
+        common=True, code=True, always_shown=True,
     )] = "mlp:100-100"
     method: Annotated[str, Setting(
         "The continual-learning method; `regrow methods` lists all.",
-        code=True, always_shown=True,
+        common=True, code=True, always_shown=True,
     )] = "sparsegrow"
     method_settings: shared.MethodSettings = field(default_factory=dict)
     scenario: Annotated[str, Setting(
-        "Classes that a prediction chooses among: all (domain), those of the tasks seen so far (class), or those of "
-        "the example's task, which is then given at evaluation (task).",
-        choices=("domain", "class", "task"),
+        "Classes that a prediction chooses among: all (domain), those seen so far (class), or those of the example's "
+        "task, which is given (task).",
+        common=True, choices=("domain", "class", "task"),
     )] = "domain"
-    epochs: Annotated[int, Setting("Passes over each task.", group=shared.TRAINING, range=Range(1, 10**6))] = 5
+    epochs: Annotated[int, Setting("Passes over each task.", group=TRAINING, common=True, range=Range(1, 10**6))] = 5
     batch_size: shared.BatchSize = 64
-    optimizer: Annotated[str, Setting("The optimizer.", group=shared.TRAINING, choices=("sgd", "adamw"))] = "sgd"
+    optimizer: Annotated[str, Setting("The optimizer.", group=TRAINING, common=True, choices=("sgd", "adamw"))] = "sgd"
     lr: shared.LearningRate = 0.01
     weight_decay: shared.WeightDecay = 0.0
     train: shared.Train = 0

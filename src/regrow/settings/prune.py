@@ -66,31 +66,28 @@ class Settings:
 
     # fmt: off
     model: Annotated[str, Setting(
-        "A run folder of any command, a transformers folder or hub id, a .gguf file, smollm2-135m or gemma3-270m (from "
-        "their PyPI packages), a torchvision name (resnet18), or a Python callable pkg.mod:fn.",
-        argument=True, code=True, example="smollm2-135m --keep 0.9 --out RUN",
+        shared.MODEL, argument=True, code=True, example="smollm2-135m --keep 0.9 --out RUN",
     )]
     method: Annotated[str, Setting(
-        "The pruning method, with its own defaults; `regrow methods` lists all. Without it, method, sources, --round "
-        "and --reconstruct are chosen by the kind of model, and the run says how.",
-        code=True, always_shown=True, example="flap",
+        "The pruning method (`regrow methods` lists all). Without it, method, sources, rounding and reconstruction are "
+        "chosen by the kind of model.",
+        common=True, code=True, always_shown=True, example="flap",
     )] = ""
     method_settings: shared.MethodSettings = field(default_factory=dict)
     keep: Annotated[float | None, Setting(
         "The fraction of weights to keep, counted in the linear layers of a decoder (image models: in convolutions "
         "and linear layers).",
-        metavar="FRACTION", group=AMOUNT, range=Range(0, 1, exclusive_minimum=True), exclusive_group="how much stays",
+        metavar="FRACTION", group=AMOUNT, common=True, range=Range(0, 1, exclusive_minimum=True),
+        exclusive_group="how much stays",
     )] = 0.8
     target: Annotated[str, Setting(
-        "The largest allowed size, instead of --keep: params=100M (all parameters), macs=2G (of one example), "
-        "bytes=200M (of the weight file, in the dtype given by --dtype), kv_cache=50M@4096 (bytes of the key-value "
-        "cache at 4096 tokens), ms=120 or ms=120@512 (a forward pass, of 512 tokens, measured on this device); or a "
-        "share of what the model has: params=70%, macs=50%.",
-        metavar="UNIT=AMOUNT", group=AMOUNT, example="bytes=200M", exclusive_group="how much stays",
+        "The largest allowed size, as an amount or a share of the model's: params=100M, macs=50%, bytes=200M, "
+        "kv_cache=50M@4096 or ms=120 (measured on this device).",
+        metavar="UNIT=AMOUNT", group=AMOUNT, common=True, example="bytes=200M", exclusive_group="how much stays",
     )] = ""
     smaller: Annotated[float | None, Setting(
         "How much smaller the model gets, as a share of all its parameters: 30% is --target params=70%.",
-        metavar="SHARE", group=AMOUNT, range=OPEN_UNIT, example="30%",
+        metavar="SHARE", group=AMOUNT, common=True, range=OPEN_UNIT, example="30%",
         exclusive_group="how much stays",
     )] = None
     regular: Annotated[bool, Setting(
@@ -98,19 +95,17 @@ class Settings:
         group=AMOUNT,
     )] = False
     sources: Annotated[tuple[str, ...], Setting(
-        "A text domain: news, code, manual or talk (included), NAME=PATH for your own file or folder of text, or what "
-        "the model itself writes, to calibrate on: generated (text), chat (in its chat template). For image models: "
-        "digits, or NAME=FOLDER with a folder per class. Repeatable: a "
-        "model calibrated on several domains loses less on text of others.",
-        option="--source", metavar="NAME[=PATH]", group=DATA, source=True,
+        "Text to calibrate and measure on: news, code, manual, talk, generated or chat (by the model), or NAME=PATH; for "
+        "image models digits or NAME=FOLDER. Repeatable.",
+        option="--source", metavar="NAME[=PATH]", group=DATA, common=True, source=True,
     )] = ()
     unseen: Annotated[tuple[str, ...], Setting(
         "A text domain to evaluate on but not to calibrate on. Repeatable.",
-        metavar="NAME[=PATH]", group=DATA, source=True,
+        metavar="NAME[=PATH]", group=DATA, common=True, source=True,
     )] = ()
     only: Annotated[tuple[str, ...], Setting(
         "Cut only axes whose tensor names all match this pattern (mlp, layers.1*). Repeatable.",
-        metavar="PATTERN", group=WHERE,
+        metavar="PATTERN", group=WHERE, common=True,
     )] = ()
     exclude: Annotated[tuple[str, ...], Setting(
         "Leave uncut every axis with a tensor name that matches this pattern. Repeatable.",
@@ -128,7 +123,7 @@ class Settings:
     )] = None
     seed: Annotated[int, Setting(
         "Random seed of the text windows and of the method; the same seed gives the same plan.",
-        group=DATA, range=SEED,
+        group=DATA, common=True, range=SEED,
     )] = 0
     dtype: shared.Dtype = ""
     device: shared.Device = "cpu"
@@ -151,21 +146,21 @@ class Settings:
     seq_len: shared.SeqLen = 256
     finetune: Annotated[int, Setting(
         "Epochs of fine-tuning after pruning (image models).",
-        group=AFTER, range=Range(0, 10**6), example="1",
+        group=AFTER, common=True, range=Range(0, 10**6), example="1",
     )] = 0
     reconstruct: Annotated[bool | None, Setting(
-        "After the cut, fit every layer that reads cut units to its dense output by least squares; its strength is "
-        "cross-validated over the sources (of a single one: on held-out text). On without --method.",
+        "After the cut, fit every layer that reads cut units to its dense output by least squares. On without "
+        "--method.",
         group=AFTER,
     )] = None
     time: Annotated[str, Setting(
-        "How much work goes into the result, in fixed amounts: for language models --distil 0, 20480, 262144 or "
-        "2097152. The names hold for 135M parameters on two CPU cores. A named method comes without the 20480.",
-        group=AFTER, choices=tuple(DISTILLED_TOKENS),
+        "How much work goes into the result, in fixed amounts: a cut language model is trained on 0, 20480, 262144 or "
+        "2097152 tokens.",
+        group=AFTER, common=True, choices=tuple(DISTILLED_TOKENS),
     )] = "minutes"
     distil: Annotated[int | None, Setting(
         "Tokens of the sources, over all together, on which the cut language model is trained to predict what the "
-        "model before the cut predicts. It takes both models in memory, and five numbers more per parameter.",
+        "model before the cut predicts.",
         group=AFTER, range=Range(0, MAX_COUNT),
     )] = None
     undo: shared.Undo = True

@@ -35,29 +35,26 @@ class Settings:
 
     # fmt: off
     space: Annotated[str, Setting(
-        "cells:WIDTH-CELLS-NODES (a DARTS-like super-network) or mobile:WIDTH-BLOCKS (inverted bottlenecks); a small "
-        "network such as resnet:16-3, of which filters and weights are searched; pkg.mod:fn, a function of your own "
-        "code, with operations marked by regrow.Candidates; or, with its weights, a run folder or another MODEL that "
-        "`regrow prune` takes (resnet18, smollm2-135m).",
+        "cells:WIDTH-CELLS-NODES (DARTS-like), mobile:WIDTH-BLOCKS (inverted bottlenecks), a network such as "
+        "resnet:16-3, your function pkg.mod:fn, or a MODEL that `regrow prune` takes.",
         argument=True, code=True, example="cells:4-3-2 --data digits --target params=20% --out RUN",
     )]
     data: Annotated[str, Setting(
         "digits, or a folder: MNIST's four files, or train/CLASS/… and test/CLASS/…; for a language model text: news, "
         "code, manual, talk or NAME=PATH.",
-        group="Data", example="digits",
+        group=shared.DATA, common=True, example="digits",
     )]
     target: Annotated[str, Setting(
-        "The largest allowed size: params=50k (all parameters), nonzero=50k (parameters that are not 0), macs=3M "
-        "(of one example), bytes=200k (of the weight file), ms=20 (one batch, measured on this device), or a share "
-        "of what the whole space has (macs=20%).",
-        example="params=50k", exclusive_group="how large the result may be",
+        "The largest allowed size: params=50k, nonzero=50k (parameters other than 0), macs=3M, bytes=200k, ms=20 "
+        "(measured here), or a share of the whole space (macs=20%).",
+        common=True, example="params=50k", exclusive_group="how large the result may be",
     )] = ""
     smaller: Annotated[float | None, Setting(
         "How much smaller than the whole space the result is, in parameters: 80% is --target params=20%.",
-        metavar="SHARE", range=OPEN_UNIT, example="80%",
+        metavar="SHARE", common=True, range=OPEN_UNIT, example="80%",
         exclusive_group="how large the result may be",
     )] = None
-    method: Annotated[str, Setting("The search method; `regrow methods` lists all.", code=True)] = "mgas"
+    method: Annotated[str, Setting("The method; `regrow methods` lists all.", common=True, code=True)] = "mgas"
     method_settings: shared.MethodSettings = field(default_factory=dict)
     stages: Annotated[int, Setting(
         "Number of stages, each of which searches a longer prefix of the network; 0: three, at most one per part, or "
@@ -67,15 +64,15 @@ class Settings:
     memory: Annotated[str, Setting(
         "Memory budget of a stage, such as 2GiB: stages are chosen to fit, and parts recomputed in the backward pass "
         "if needed.",
-        metavar="BYTES", group=SEARCH, example="2GiB",
+        metavar="BYTES", group=SEARCH, common=True, example="2GiB",
     )] = ""
     epochs: Annotated[int, Setting(
         "Epochs of the search; 0 for methods that do not train.",
-        group=SEARCH, range=Range(0, 10**6),
+        group=SEARCH, common=True, range=Range(0, 10**6),
     )] = 30
     retrain: Annotated[int, Setting(
         "Epochs of training after the search; 0: none.",
-        group=RETRAIN, range=Range(0, 10**6),
+        group=RETRAIN, common=True, range=Range(0, 10**6),
     )] = 30
     inherit: Annotated[bool, Setting(
         "Start this training from the weights of the search instead of new ones.",

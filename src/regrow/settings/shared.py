@@ -10,17 +10,26 @@ from regrow.settings.declaration import MAX_COUNT, SEED, Setting
 
 LOADING, DATA, TRAINING = "Loading the model", "Data", "Training"
 
+MODEL = (
+    "A packaged model (smollm2-135m, gemma3-270m), a run or transformers folder, a hub id, a .gguf file, a torchvision "
+    "name (resnet18), or your function pkg.mod:fn."
+)
+EVALUATED = (
+    "Text to measure on: news, code, manual, talk, or NAME=PATH; for image models digits, or NAME=FOLDER with a folder "
+    "per class. Repeatable."
+)
+
 # fmt: off
 MethodSettings = Annotated[Mapping[str, Any], Setting(
     "A setting of the method; `regrow methods NAME` lists them. Repeatable.",
-    option="--set", metavar="NAME=VALUE",
+    option="--set", metavar="NAME=VALUE", common=True,
 )]
-BatchSize = Annotated[int, Setting("Training examples per step.", group=TRAINING, range=Range(1, 2**20))]
+BatchSize = Annotated[int, Setting("Training examples per step.", group=TRAINING, common=True, range=Range(1, 2**20))]
 # The allowed learning rates.
 RATES = Range(0, 1000, exclusive_minimum=True, exclusive_maximum=True)
 LearningRate = Annotated[float, Setting(
     "Learning rate.",
-    group=TRAINING, range=RATES, example="0.01",
+    group=TRAINING, common=True, range=RATES, example="0.01",
 )]
 WeightDecay = Annotated[float, Setting("Weight decay of the optimizer.", group=TRAINING, range=Range(0, 1000))]
 PRECISION = Setting(
@@ -29,9 +38,9 @@ PRECISION = Setting(
 )
 Precision = Annotated[str, PRECISION]
 EXAMPLES = Range(0, MAX_COUNT)
-Train = Annotated[int, Setting("Use at most this many training examples; 0: all.", group="Data", range=EXAMPLES)]
-Test = Annotated[int, Setting("Use at most this many test examples; 0: all.", group="Data", range=EXAMPLES)]
-Seed = Annotated[int, Setting("Random seed of initial weights, data order and everything sampled.", range=SEED)]
+Train = Annotated[int, Setting("At most this many training examples; 0: all.", group=DATA, common=True, range=EXAMPLES)]
+Test = Annotated[int, Setting("At most this many test examples; 0: all.", group=DATA, common=True, range=EXAMPLES)]
+Seed = Annotated[int, Setting("Random seed of weights, data order and all that is sampled.", common=True, range=SEED)]
 EvalTokens = Annotated[int, Setting(
     "Tokens (image models: images) per source to evaluate on.",
     group=DATA, range=Range(1, MAX_COUNT),
@@ -45,15 +54,15 @@ Dtype = Annotated[str, Setting(
     group=LOADING, choices=("float32", "bfloat16", "float16", "float64"),
 )]
 _DEVICE = Setting(
-    "Device on which the network runs: cpu, cuda, cuda:1, mps, or auto: cuda if there is one, else cpu.",
-    group=LOADING, metavar="DEVICE",
+    "Device on which the network runs: cpu, cuda, cuda:1, mps, or auto (cuda if there is one, else cpu).",
+    group=LOADING, metavar="DEVICE", common=True,
 )
 Device = Annotated[str, _DEVICE]
 ForwardPrecision = Annotated[str, replace(PRECISION, group=LOADING)]
 TrainingDevice = Annotated[str, replace(_DEVICE, group=TRAINING)]
 Input = Annotated[str, Setting(
-    "Input shape of an image model, batch first, such as 1x3x32x32. Default: the shape recorded in the run folder, "
-    "given by the function that builds the model, or of the images in --source; otherwise a guess, which is printed.",
+    "Input shape of an image model, such as 1x3x32x32. Default: that of the run folder, of the model's function or of "
+    "the images, else a guess.",
     metavar="SHAPE", group=LOADING,
 )]
 # Whether a copy of the model before the run is kept for `regrow undo`; the option turns it off

@@ -78,7 +78,7 @@ class Settings:
 
     target: float = 0.0
     measure: str = "nonzero"
-    levels: tuple[str, ...] = GRANULARITIES
+    levels: tuple[str, ...] = ("operations", "filters", "weights")
     stages: tuple[int, ...] = ()
     share: Fraction = 0.5
     warm: Annotated[int, Range(0)] = 2
