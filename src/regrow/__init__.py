@@ -1,6 +1,7 @@
 """regrow changes the shape of trained networks, exactly: it prunes them, grows them and searches them."""
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from regrow.store import load, save
     from regrow.surgery import UndoStore, apply, fit_new_units, verify
     from regrow.tracing import trace, with_branches
+
+    __version__: str
 
 __all__ = [
     "AxisTensor",
@@ -69,7 +72,9 @@ _MODULES = {
 
 def __getattr__(name: str) -> Any:
     """Return a public name, or a submodule of regrow by its name; both are imported on first use."""
-    if name in _MODULES:
+    if name == "__version__":
+        value = importlib.metadata.version("regrow")
+    elif name in _MODULES:
         value = getattr(importlib.import_module(_MODULES[name]), name)
     else:
         try:

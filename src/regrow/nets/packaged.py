@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 
+from regrow.core.errors import install_command
 from regrow.core.progress import Progress
 from regrow.nets.language import load_gguf, quiet
 from regrow.nets.loaded import ModelError
@@ -83,7 +84,7 @@ def _convert(entry: Packaged, name: str, scratch: Path, progress: Progress) -> N
     progress(1, 3, f"turning the 4-bit weights of {name} into float32 (once)")
     loaded = load_gguf(source, name=name, dtype=torch.float32)
     if loaded.tokenizer is None:
-        raise ModelError(f"the tokenizer of {name} cannot be read with this transformers; install regrow[llm] anew")
+        raise ModelError(f"the tokenizer of {name} cannot be read with this transformers: {install_command('llm')}")
     progress(2, 3, f"keeping {name} in {cache_folder()}")
     target = scratch / "model"
     with quiet():
