@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from regrow.surgery import UndoStore, apply, fit_new_units, verify
     from regrow.tracing import trace, with_branches
 
-    __version__: str
-
 __all__ = [
     "AxisTensor",
     "Batch",
@@ -73,7 +71,7 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     """Return a public name, or a submodule of regrow by its name; both are imported on first use."""
     if name == "__version__":
-        value = importlib.metadata.version("regrow")
+        value: Any = importlib.metadata.version("regrow")
     elif name in _MODULES:
         value = getattr(importlib.import_module(_MODULES[name]), name)
     else:

@@ -36,13 +36,9 @@ def install_command(extra: str) -> str:
     """
     from importlib import metadata  # 20 ms, which only a missing package costs
 
-    try:
-        lines = metadata.requires("regrow") or []
-    except metadata.PackageNotFoundError:  # a checkout on the path
-        return f"pip install '.[{extra}]'"
-    needed = (line.partition(";") for line in lines)
-    names = [name.strip() for name, _, marker in needed if re.search(rf"extra == ['\"]{extra}['\"]", marker)]
-    return f"pip install {shlex.join(names)}"
+    lines = dict.fromkeys(line for found in metadata.distributions(name="regrow") for line in found.requires or ())
+    names = [line.partition(";")[0].strip() for line in lines if re.search(rf"extra == ['\"]{extra}['\"]", line)]
+    return f"pip install {shlex.join(names or [f'.[{extra}]'])}"  # without metadata it is a checkout on the path
 
 
 @contextmanager

