@@ -88,6 +88,7 @@ def check(python: str, torch: str) -> Row:
             "environment_mb": megabytes(folder / "clean"),
             "model_mb": megabytes(folder / "models"),
             "cores": os.cpu_count(),
+            "load": round(os.getloadavg()[2], 1),  # of 15 minutes; above the cores, times are long
         }
 
 
