@@ -3,6 +3,7 @@
 # make test-all    the whole suite, with more random plans per network
 # make test-fast   what takes at most a tenth of a second, in 90 seconds
 # make check   style, types, import floors
+# make release-check   wheel and sdist are built, and README's first job runs in an environment of its own (10 GB, network)
 # make bench   the law on networks of full size, and what it costs to measure and cut
 #
 # Everything lives in .venv, which is made on first use and renewed when pyproject.toml changes.
@@ -20,7 +21,7 @@ JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n > 4 ? 4 : n)))
 # Processes that tests start, and further runs, load compiled modules.
 test test-all test-fast: export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo test test-all test-fast check bench format tree clean
+.PHONY: demo test test-all test-fast check release-check bench format tree clean
 
 demo: demo/report.html
 	@$(BIN)/regrow chat smollm2-135m demo --longest 60 --prompt "What is a river?" \
@@ -55,6 +56,9 @@ check: $(VENV)/dev.stamp
 # The law at full size; results go to benchmarks/results.
 bench: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/law.py
+
+release-check: | $(BIN)/python
+	$(BIN)/python benchmarks/release_check.py
 
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix .

@@ -1,6 +1,7 @@
 """regrow changes the shape of trained networks, exactly: it prunes them, grows them and searches them."""
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -69,7 +70,9 @@ _MODULES = {
 
 def __getattr__(name: str) -> Any:
     """Return a public name, or a submodule of regrow by its name; both are imported on first use."""
-    if name in _MODULES:
+    if name == "__version__":
+        value: Any = importlib.metadata.version("regrow")
+    elif name in _MODULES:
         value = getattr(importlib.import_module(_MODULES[name]), name)
     else:
         try:

@@ -48,7 +48,7 @@ OUTSIDE = {
     ),
     "no memory": (MemoryError(), "not enough memory", 4),
     "no memory in torch": (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "not enough memory", 4),
-    "a missing package": (ModuleNotFoundError("No module named 'peft'", name="peft.tuners"), "regrow[recover]", 4),
+    "a missing package": (ModuleNotFoundError("No module named 'peft'", name="peft.tuners"), "'peft>=0.15'", 4),
     "the end of a file": (EOFError("ended"), "bug in regrow: RuntimeError: a file ended", 70),
     "a slip": (KeyError("x"), "bug in regrow: KeyError", 70),
     "nothing written yet": (KeyboardInterrupt(), "stopped; nothing was written", 130),

@@ -110,7 +110,7 @@ def test_a_name_that_torchvision_may_have_says_how_to_install_it(monkeypatch):
     torchvision_names.cache_clear()
     with monkeypatch.context() as patch:
         patch.setattr(names, "find_spec", lambda name: None)
-        assert "torchvision, that is not installed: pip install 'regrow[vision]'" in find_model_problem("resnet18")
+        assert "torchvision: pip install 'pillow>=10' 'torchvision>=0.24'" in find_model_problem("resnet18")
         assert "did you mean 'smollm2-135m'?" in find_model_problem("smolm2-135m")
         assert find_model_problem("torchvision:resnet18") == ""  # loading it says what it needs
     torchvision_names.cache_clear()

@@ -227,7 +227,7 @@ def test_without_the_extra_it_says_what_to_install(folder, monkeypatch):
     for module in ("jinja2", "matplotlib"):
         with monkeypatch.context() as patch:
             patch.setitem(__import__("sys").modules, module, None)
-            with pytest.raises(ReportError, match=r"pip install 'regrow\[report\]'"):
+            with pytest.raises(ReportError, match=r"pip install 'jinja2>=3.1' 'matplotlib>=3.9'"):
                 to_html(read_runs([folder]))
 
 

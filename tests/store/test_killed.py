@@ -105,7 +105,7 @@ def test_a_page_that_fails_keeps_no_run_from_its_end(here, monkeypatch, capsys):
     def fails(*_):
         from regrow.reports import ReportError
 
-        raise ReportError("a page needs jinja2: pip install 'regrow[report]'")
+        raise ReportError("a page needs jinja2: pip install 'jinja2>=3.1'")
 
     monkeypatch.setattr("regrow.reports.page.write_page", fails)
     assert run_command([*LEARN.split(), "--out", "run"]) == 0

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, DetrConfig, DetrForObjectDetectio
 
 import regrow
 from regrow.core.plan import Plan
+from regrow.core.progress import silent
 from regrow.exporters import ExportError
 from regrow.exporters import torchvision as to_torchvision
 from regrow.exporters import transformers as to_transformers
@@ -24,6 +25,7 @@ from regrow.tracing import trace, with_branches
 from store import saved
 from zoo import ZOO
 
+SILENT = {"card": lambda folder: None, "progress": silent}
 LANGUAGE = ("llama_tied", "gpt2", "gemma3")
 ALONE = """
 import sys
@@ -112,7 +114,7 @@ def test_a_dropped_layer_travels(tmp_path):
     net, (args, kwargs) = ZOO["llama_tied"].build(), ZOO["llama_tied"].example()
     axes = with_branches(net, trace(net, *args, **kwargs))
     apply(net, axes, Plan.dropping(axes, ["model.layers.0.mlp"]))
-    written = to_transformers.write(net, tmp_path / "m")
+    written = to_transformers.write(net, tmp_path / "m", **SILENT)
     assert written.checked == {"max_abs_diff": 0.0, "loaded_as": "RegrownLlamaForCausalLM"}
 
 
@@ -134,7 +136,7 @@ def test_layers_that_are_all_alike_need_no_code(tmp_path):
     net = regular()
     with torch.no_grad():
         net.model.layers[1].mlp.down_proj.bias = torch.nn.Parameter(torch.randn(32))  # as compensation leaves one
-    written = to_transformers.write(net, tmp_path / "m")
+    written = to_transformers.write(net, tmp_path / "m", **SILENT)
     assert written.checked["loaded_as"] == "LlamaForCausalLM" and "no code" in written.notes[0]
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     assert config["mlp_bias"] is True and config["intermediate_size"] == 20 and "regrow" not in config
@@ -146,7 +148,7 @@ def test_image_networks_travel_with_a_builder(tmp_path):
     case = saved.CASES["resnet18"]
     net, _, _ = saved.cut(case)
     net.origin = Origin("torchvision", "resnet18", {}, "resnet18")
-    written = to_torchvision.write(net, tmp_path / "m")
+    written = to_torchvision.write(net, tmp_path / "m", **SILENT)
     assert written.checked == {"max_abs_diff": 0.0}
     code = (
         "import sys; sys.modules['regrow'] = None; from load_regrow import load; print(len(list(load().parameters())))"
@@ -159,11 +161,11 @@ def test_what_cannot_travel_is_refused(tmp_path):
     with pytest.raises(ValueError, match="float8"):
         regrow.export(net, tmp_path / "m", format="transformers", dtype="float8")
     with pytest.raises(ExportError, match="no torchvision network"):
-        to_torchvision.write(net, tmp_path / "m")
+        to_torchvision.write(net, tmp_path / "m", **SILENT)
     (tmp_path / "others").mkdir()
     (tmp_path / "others" / "config.json").write_text("{}")
     with pytest.raises(StoreError, match="choose another folder"):
-        to_transformers.write(net, tmp_path / "others")
+        to_transformers.write(net, tmp_path / "others", **SILENT)
 
 
 def test_parts_with_other_attention_are_built_again(tmp_path):

@@ -16,7 +16,7 @@ from types import FrameType, TracebackType
 import click
 
 from regrow.cli import INTERRUPTED
-from regrow.core.errors import RefusedError, ResourceError
+from regrow.core.errors import RefusedError, ResourceError, install_command
 
 USAGE, REFUSED, ENVIRONMENT, BUG = 2, 3, 4, 70
 # Exit code → its meaning.
@@ -29,7 +29,7 @@ EXIT_CODES = {
     INTERRUPTED: "stopped by Ctrl-C",
 }
 
-# Package → the extra of regrow that installs it, as in ``pip install 'regrow[llm]'``.
+# Package → the extra of regrow that installs it.
 EXTRAS = {
     **dict.fromkeys(("transformers", "tokenizers", "gguf", "accelerate", "huggingface_hub"), "llm"),
     **dict.fromkeys(("torchvision", "PIL"), "vision"),
@@ -37,7 +37,7 @@ EXTRAS = {
     **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "export"),
     "datasets": "data",
     "peft": "recover",
-    "yaml": "demo",
+    "yaml": "text",
 }
 
 PACKAGE = Path(__file__).parents[1]
@@ -72,7 +72,7 @@ def classify_failure(error: BaseException) -> Failure:
         return _classify_os_error(error)
     package, _, _ = str(getattr(error, "name", None) or "").partition(".")
     if isinstance(error, ImportError) and package in EXTRAS:
-        line = f"this needs {package}, which cannot be imported: pip install 'regrow[{EXTRAS[package]}]'"
+        line = f"this needs {package}, which cannot be imported: {install_command(EXTRAS[package])}"
         return Failure(ENVIRONMENT, line)
     if isinstance(error, ValueError) and _is_raised_by_regrow(error):
         return Failure(_choose_exit_code(error), str(error))

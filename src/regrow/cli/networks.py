@@ -1,5 +1,6 @@
 """Commands on one network: ``regrow show``, ``apply``, ``grow`` and ``export``."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -199,3 +200,5 @@ def export(settings: exporting.Settings, out: Path, code: str, memory: str) -> N
         say(f"checked: {name.replace('_', ' ')} {value if isinstance(value, str) else format_number(value)}")
     if written.memory:
         say_peak(written.memory)
+    if written.path.is_dir():
+        say(f"upload it: hf upload USER/NAME {shlex.quote(str(written.path))}")

@@ -1,5 +1,7 @@
 """Error types by who can fix the problem; every other error of regrow is a ``ValueError`` about an argument."""
 
+import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -24,6 +26,19 @@ def first_line(error: BaseException) -> str:
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0].rstrip(".")[:200] if lines else type(error).__name__
+
+
+def install_command(extra: str) -> str:
+    """Return the command that installs the packages of an extra of regrow; it is right wherever regrow came from.
+
+    >>> install_command("vision")
+    "pip install 'pillow>=10' 'torchvision>=0.24'"
+    """
+    from importlib import metadata  # 20 ms, which only a missing package costs
+
+    lines = dict.fromkeys(line for found in metadata.distributions(name="regrow") for line in found.requires or ())
+    names = [line.partition(";")[0].strip() for line in lines if re.search(rf"extra == ['\"]{extra}['\"]", line)]
+    return f"pip install {shlex.join(names or [f'.[{extra}]'])}"  # without metadata it is a checkout on the path
 
 
 @contextmanager

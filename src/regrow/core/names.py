@@ -7,7 +7,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from regrow.core.errors import InputError
+from regrow.core.errors import InputError, install_command
 from regrow.core.limits import expanded
 
 # The names of pretrained models that come in Python packages
@@ -80,10 +80,7 @@ def find_model_problem(name: str) -> str:
         return ""
     near = difflib.get_close_matches(name.lower(), [*PACKAGED, *known], n=1, cutoff=0.5)
     if not known and not near and name.isidentifier():
-        return (
-            f"no model {name!r}: no such folder, file or packaged model; if it is one of torchvision, that is not "
-            "installed: pip install 'regrow[vision]'"
-        )
+        return f"no model {name!r}: no such folder, file or packaged model; torchvision: {install_command('vision')}"
     hint = f"did you mean {near[0]!r}?" if near else first
     return f"no model {name!r}: no such folder, file, packaged or torchvision model; {hint}"
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regrow.core.errors import InputError
+from regrow.core.errors import InputError, install_command
 from regrow.core.limits import MAX_TEXT_BYTES, expanded, parse_json, read_head
 from regrow.core.names import find_source_problem
 from regrow.core.objectives import IGNORED
@@ -91,7 +91,7 @@ def load_talk() -> Text:
     try:
         import yaml
     except ImportError:
-        raise SourceError("source 'talk' is YAML, and pyyaml is not installed: pip install 'regrow[demo]'") from None
+        raise SourceError(f"source 'talk' is YAML, and pyyaml is not installed: {install_command('text')}") from None
     # The same question returns with other answers: together they are one document, so that halves share no question.
     answers: dict[str, list[str]] = {}
     for file in sorted(folder.glob("*.yml")):
@@ -213,7 +213,7 @@ def _find_package(module: str, name: str) -> Path:
     # Found, not imported: only its files are wanted.
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
-        raise SourceError(f"source {name!r} needs the package {module.replace('_', '-')}: pip install 'regrow[demo]'")
+        raise SourceError(f"source {name!r} needs the package {module.replace('_', '-')}: {install_command('text')}")
     return Path(spec.submodule_search_locations[0])
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regrow.core.errors import InputError
+from regrow.core.errors import InputError, install_command
 from regrow.core.limits import MAX_PIXELS, check_regular, expanded, reason
 from regrow.core.sources import Batch, Source
 from regrow.data.batch_streams import LazyBatches
@@ -171,7 +171,7 @@ def read_digits() -> tuple[Tensor, Tensor]:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise SourceError("source 'digits' needs scikit-learn: pip install scikit-learn") from None
+        raise SourceError(f"source 'digits' needs scikit-learn: {install_command('digits')}") from None
     data = load_digits()
     return torch.from_numpy(data.images).float()[:, None] / 16, torch.from_numpy(data.target).long()
 
@@ -241,7 +241,7 @@ def open_image(file: Path) -> Any:
     try:
         from PIL import Image
     except ImportError:
-        raise SourceError("images need pillow: pip install 'regrow[vision]'") from None
+        raise SourceError(f"images need pillow: {install_command('vision')}") from None
     try:
         check_regular(file)
         with warnings.catch_warnings():  # what pillow finds large is below the limit here

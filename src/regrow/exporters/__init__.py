@@ -18,6 +18,7 @@ from regrow.nets.loaded import format_shape
 from regrow.store.errors import StoreError
 from regrow.store.models import link_other_files
 from regrow.store.replacing import WORK, replace_folder
+from regrow.store.run_folder import WritePage
 from regrow.store.shapes import SHAPES
 
 ROUNDING = 1e-4  # the allowed output difference, relative to the largest output: memory layout can change rounding
@@ -46,11 +47,12 @@ class ExportResult:
 
 
 @contextmanager
-def export_folder(out: Path) -> Iterator[Path]:
+def export_folder(out: Path, card: WritePage) -> Iterator[Path]:
     """Context manager: yields a temporary folder that replaces ``out`` if the block succeeds.
 
-    Files in ``out`` that belong to no model are linked into it, unless the block wrote files of these names. Raises
-    StoreError unless ``out`` is new, empty, or holds a model that regrow wrote, and no run.
+    ``card``: called with that folder at the end, to write the model card. Files in ``out`` that belong to no model are
+    linked into it, unless the block wrote files of these names. Raises StoreError unless ``out`` is new, empty, or
+    holds a model that regrow wrote, and no run.
     """
     if out.exists() and not out.is_dir():
         raise StoreError(f"{out} is a file; name a folder")
@@ -60,6 +62,7 @@ def export_folder(out: Path) -> Iterator[Path]:
         raise StoreError(f"{out} holds something else; choose another folder")
     with replace_folder(out) as folder:
         yield folder
+        card(folder)
         link_other_files(out, folder)
 
 

@@ -8,26 +8,27 @@ from pathlib import Path
 from torch import nn
 
 from regrow import store
-from regrow.core.progress import Progress, silent
+from regrow.core.progress import Progress
 from regrow.exporters import ExportError, ExportResult, compare_outputs, export_folder, folder_bytes
 from regrow.nets import Origin
 from regrow.nets.vision import torchvision_example, unweighted_arguments
 from regrow.store import portable
 from regrow.store.atomic import write_text
+from regrow.store.run_folder import WritePage
 
 FILES = ("load_regrow.py", "reshape_regrow.py")
 
 
-def write(model: nn.Module, out: Path, *, progress: Progress = silent) -> ExportResult:
+def write(model: nn.Module, out: Path, *, card: WritePage, progress: Progress) -> ExportResult:
     """Write a folder whose ``load_regrow.load()`` builds the network without regrow; build it, and compare outputs.
 
-    ``model``: with a torchvision ``origin``; ``out``: as for :func:`export_folder`. Raises ExportError if it cannot be
-    rebuilt so, CheckError if outputs differ; ``out`` then stays as it was.
+    ``model``: with a torchvision ``origin``; ``out``, ``card``: as for :func:`export_folder`. Raises ExportError
+    if it cannot be rebuilt so, CheckError if outputs differ; ``out`` then stays as it was.
     """
     origin = getattr(model, "origin", None)
     if not isinstance(origin, Origin) or origin.kind != "torchvision":
         raise ExportError("this is no torchvision network; export it to onnx")
-    with export_folder(out) as folder:
+    with export_folder(out, card) as folder:
         progress(0, 2, "writing the folder")
         store.write_model(model, folder, origin=origin)
         record = portable.record_changes(model, store.read_shapes(folder))

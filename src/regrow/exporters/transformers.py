@@ -15,7 +15,7 @@ from torch import nn
 
 from regrow import store
 from regrow.core.axes import Example
-from regrow.core.progress import Progress, silent
+from regrow.core.progress import Progress
 from regrow.exporters import ROUNDING, ExportError, ExportResult, compare_outputs, export_folder, folder_bytes
 from regrow.nets import ModelError, Origin, build
 from regrow.nets.language import (
@@ -31,6 +31,7 @@ from regrow.nets.language import (
 from regrow.nets.loaded import guess_example
 from regrow.store import portable
 from regrow.store.portable import update_origin
+from regrow.store.run_folder import WritePage
 from regrow.store.state import find_numbers, named_tensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -40,12 +41,12 @@ CONVERSION = 0.2  # the allowed output difference, relative to the largest outpu
 
 
 def write(
-    model: nn.Module, out: Path, *, dtype: str = "", example: Example | None = None, progress: Progress = silent
+    model: nn.Module, out: Path, *, card: WritePage, dtype: str = "", example: Example | None = None, progress: Progress
 ) -> ExportResult:
     """Write a folder for ``from_pretrained``, load it with transformers alone, and compare outputs on the example.
 
-    ``out``: as for :func:`export_folder`; ``dtype``: of the weights, ``"float32"``, ``"bfloat16"`` or ``"float16"``;
-    empty: as they are; ``example``: ``None``: one that suits the model. Raises ExportError if transformers cannot build
+    ``out``, ``card``: as for :func:`export_folder`; ``dtype``: of the weights, a key of ``DTYPES``; empty: as they are;
+    ``example``: ``None``: one that suits the model. Raises ExportError if transformers cannot build
     the network, CheckError if outputs differ; ``out`` then stays as it was.
     """
     origin = getattr(model, "origin", None)
@@ -54,7 +55,7 @@ def write(
         raise ExportError(f"{origin.name or 'the network'} is no transformers model; export it to onnx or torchvision")
     stored, present = DTYPES.get(dtype), next(model.parameters()).dtype
     origin = update_origin(origin, model, present)
-    with export_folder(out) as folder:
+    with export_folder(out, card) as folder:
         progress(0, 2, "writing the folder")
         plain = build_plain(model, origin)
         if plain is None:

@@ -65,11 +65,15 @@ def export_network(
     ``open_inputs``: called once, after settings and ``out`` are checked. Raises ExportError if the format cannot hold
     the network, or if what was read back differs.
     """
+    from regrow.reports.card import write_card
+    from regrow.store.building import describe_origin
+
     check_settings(settings)
     check_out(settings, out)
     opened = open_inputs()
     write = importlib.import_module(f"regrow.exporters.{settings.to}").write
-    values = {"dtype": settings.dtype, "example": opened.example, "weights": opened.weights}
+    card = partial(write_card, source=settings.model, name=describe_origin(opened.model).name)
+    values = {"dtype": settings.dtype, "example": opened.example, "weights": opened.weights, "card": card}
     arguments = FORMATS[settings.to].arguments
     written: ExportResult = write(opened.model, out, progress=progress, **{name: values[name] for name in arguments})
     if opened.memory is None:

@@ -22,12 +22,10 @@ from regrow.store.replacing import (
     replace_folder,
 )
 from regrow.store.run_folder import RunFolder
-from regrow.store.run_record import RUN, read_run
+from regrow.store.run_record import BEFORE, RUN, read_run
 from regrow.store.shapes import Shapes, TensorKind
 from regrow.store.weights import OutsideTensors, check_file, require_file
 
-# Name of the folder, inside a run folder, with the model that the run started from.
-BEFORE = "before"
 # Kinds of networks that a search builds again from what is left of its space, so that its plans do not fit them.
 _REBUILT = ("cells", "mobile")
 

@@ -10,7 +10,7 @@ from regrow import store
 from regrow.core.plan import Plan
 from regrow.core.sources import Source
 from regrow.distributed.parallel import broadcast_file
-from regrow.jobs.parents import BEFORE, describe_plans
+from regrow.jobs.parents import describe_plans
 from regrow.jobs.pruning_inputs import read_pruning_settings
 from regrow.jobs.recording import UNRECORDED, Record
 from regrow.methods import MethodKind, find_method
@@ -21,7 +21,7 @@ from regrow.settings.prune import Settings, make_reconstruction_settings
 from regrow.settings.recover import Settings as RecoverSettings
 from regrow.store.errors import StoreError
 from regrow.store.run_folder import RunFolder
-from regrow.store.run_record import RUN, check_repeatable, convert_settings
+from regrow.store.run_record import BEFORE, RUN, check_repeatable, convert_settings
 from regrow.store.statistics import fingerprint, parameter_sums
 from regrow.store.tensors import open_checkpoint
 from regrow.training import state as training

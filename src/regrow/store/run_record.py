@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 Settings = TypeVar("Settings", bound="DataclassInstance")
 RUN = "run.json"  # name of the record in the folder of a run
 FORMAT = "regrow-run/2"
+BEFORE = "before"  # name of the folder, inside that of a run, with the model that the run started from
 
 
 def read_run(folder: Path) -> dict[str, Any]:
