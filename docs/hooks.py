@@ -51,7 +51,8 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> st
 
 
 def on_page_content(html: str, *, page: Any, config: Any, files: Any) -> str:
-    """Change the links of a notebook, which mkdocs leaves as they are."""
+    """Make empty heads of tables plain cells, and change the links of a notebook, which mkdocs leaves as they are."""
+    html = re.sub(r"<th([^>]*)></th>", r"<td\1></td>", html)
     return re.sub(r'(href="[^":]*)\.md(["#])', r"\1.html\2", html) if page.file.src_uri.endswith(".py") else html
 
 
