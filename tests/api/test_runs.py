@@ -279,6 +279,8 @@ def test_folders_have_the_check_and_the_quality_before_and_after() -> None:
     for name in ("pruned", "grown"):
         (row,) = [row for row in RunFolder.open(name).metrics() if row["what"] == "verify"]
         assert row["ok"] and row["dtype"] == "float64"
+    times = RunFolder.open("pruned").last("latency")
+    assert times["whole"] > 0 and times["found"] > 0 and times["device"] == "cpu"
 
 
 def test_labels_that_do_not_fit_are_left_out_unless_they_are_for_validation() -> None:

@@ -39,7 +39,7 @@ def test_the_cut_is_checked_then_reconstructed_then_measured(tmp_path: Path) -> 
     rows = folder.metrics()
     assert [row["what"] for row in rows] == [
         *("size", "choice", "verify"),
-        *("size", "choice", "reconstruction", "size", "choice"),
+        *("size", "choice", "reconstruction", "size", "choice", "latency"),
     ]
     (row,) = (row for row in rows if row["what"] == "reconstruction")
     assert [layer["weight"] for layer in row["layers"]] == ["body.3.weight", "head.weight"]

@@ -106,7 +106,7 @@ def test_a_page_tells_the_cut_from_what_came_back(tmp_path):
     (run,) = read_runs([folder.path])
     (row,) = run.quality
     assert [row.value(model) for model in ("before", "changed", "recovered")] == [10.0, 40.0, 20.0]
-    assert "Recovered</th>" in to_html([run]) and "<td>20.0" in to_html([run])
+    assert "Recovered</th>" in to_html([run]) and ">20.0" in to_html([run])
 
 
 def test_a_checkpoint_of_something_else_is_removed(tmp_path):

@@ -185,6 +185,7 @@ def _metrics(keep, loss, kinds):
             "bytes": 4 * (counted + rest) + 60_000,
             "dtype": "float32",
         }
+    yield {"what": "latency", "whole": 210.0, "found": 190.0, "tokens": 256, "device": "cpu"}
     yield {"what": "verify", "max_abs_diff": 3.1e-14, "bound": 2.8e-8, "dtype": "float64", "argmax_flips": 0}
     yield {"what": "verify", "max_abs_diff": 2.2e-4, "bound": 1.9e-3, "dtype": "float32", "argmax_flips": 1}
     yield {"what": "something newer", "value": 1}

@@ -119,7 +119,7 @@ def test_a_comparison_has_the_figures_of_every_run(several, tmp_path):
         assert cells["Final average accuracy"] == f"{100 * matrix['average']:.1f}\xa0%"
         last = [row for row in rows_of(folder) if row["what"] == "task"][-1]
         assert cells["Parameters"] == f"{last['parameters']:,}"
-        assert all(f"<td>{cell}</td>" in text for cell in row[1:])
+        assert all(f">{cell}</td>" in text for cell in row[1:])
 
 
 def test_runs_of_other_tasks_do_not_compare(several, tmp_path):

@@ -94,10 +94,16 @@ def time_widths(
 
 def fastest_pass(model: nn.Module, batch: Batch, *, repeats: int = 9) -> int:
     """Return the nanoseconds of the fastest of ``repeats`` passes after a warm-up (clock: :func:`time_widths`)."""
-    with evaluating(model) as device:
+    return fastest_passes([model], batch, repeats=repeats)[0]
+
+
+def fastest_passes(models: Sequence[nn.Module], batch: Batch, *, repeats: int = 9) -> list[int]:
+    """Return :func:`fastest_pass` of each model, of passes in alternation, so that all meet the same other load."""
+    with ExitStack() as modes:
+        device, *_ = [modes.enter_context(evaluating(model)) for model in models]
         batch = batch.to(device)
-        (fastest,) = _time_fastest([_Call(model, batch.args, dict(batch.kwargs))], device, repeats, silent)
-    return fastest
+        calls = [_Call(model, batch.args, dict(batch.kwargs)) for model in models]
+        return _time_fastest(calls, device, repeats, silent)
 
 
 def set_row_length(batch: Batch, tokens: int) -> Batch:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 from rich import progress as rich
 from rich.console import Console, RenderableType
@@ -56,7 +57,8 @@ def progress_bar(console: Console) -> Iterator[Progress]:
 def ensure_progress(progress: Progress) -> Iterator[Progress]:
     """Context manager: yield ``progress``, or that of a bar on stderr if it is ``silent`` and a bar can be seen."""
     console = Console(stderr=True)
-    if progress is not silent or not (console.is_terminal or console.is_jupyter):
+    shown = find_spec("ipywidgets") if console.is_jupyter else console.is_terminal  # without it, rich only warns
+    if progress is not silent or not shown:
         yield progress
         return
     with progress_bar(console) as bar:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow import evaluation
+from regrow.core.amounts import Measure
 from regrow.core.axes import AxisGraph
 from regrow.core.budget import Budget
 from regrow.core.errors import InputError, RefusedError, ResourceError
@@ -27,7 +28,7 @@ from regrow.jobs.inputs import (
     complete_data,
     read_sources,
 )
-from regrow.jobs.measuring import EvaluationData, log_budget, log_pairs, measure_network
+from regrow.jobs.measuring import EvaluationData, log_budget, log_pairs, log_speed, measure_network
 from regrow.jobs.memory_needs import open_to_prune
 from regrow.jobs.models import load_model, trace_loaded
 from regrow.jobs.pruning_inputs import (
@@ -244,6 +245,10 @@ class PruneJob:
                 network.save(record)
         pruned = self._measure(after, "pruned")
         log_budget(record, network.loaded.model, axes, after, self.budget)
+        if dense is not None and record.is_kept and self.budget.measure != Measure.TIME:
+            tokens = settings.seq_len if network.loaded.tokenizer is not None and settings.sources else 0
+            with run.stage("time"):
+                log_speed(record, dense, network.loaded.model, axes, tokens, settings.precision)
         log_pairs(record, unreconstructed, pruned, {"of": ["cut", "pruned"]})
         log_pairs(record, before, pruned)
         if notes:

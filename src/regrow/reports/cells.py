@@ -64,6 +64,13 @@ class FoundNetwork(msgspec.Struct, frozen=True):
             rows.append((f"Block {i}", block.width, "; ".join(sums) or "nothing"))
         return rows
 
+    @property
+    def widths(self) -> list[tuple[str, float]]:
+        """(width in words, fraction of the largest width) of the parts whose width is known, as cells of a strip."""
+        known = [(name, width) for name, width, _ in self.parts if width]
+        largest = max((width for _, width in known), default=1)
+        return [(f"{name}: {width:,} channels", width / largest) for name, width in known]
+
 
 def read_found(shapes: Any) -> FoundNetwork:
     """Return the cells or blocks in the parsed JSON of ``shapes.json``; StoreError if they do not fit the schema."""

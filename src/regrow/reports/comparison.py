@@ -1,4 +1,4 @@
-"""The comparison of runs: one table of what differs, size, speed and quality, and what makes it unfair."""
+"""The comparison of runs: one table of size, speed, quality and what differs, and what makes it unfair."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -6,8 +6,8 @@ from statistics import mean, stdev
 
 from regrow.reports import quantities as q
 from regrow.reports.figures import Drawing, draw_front
-from regrow.reports.records import Run
-from regrow.reports.summary import Summary, SummaryTable, summarise
+from regrow.reports.records import Run, Summary, SummaryTable
+from regrow.reports.summary import summarise
 
 # Settings in which runs must agree, or their quality cannot be compared.
 EVALUATION = ("tasks", "data", "scenario", "train", "test", "validation", "eval_tokens", "seq_len")
@@ -100,7 +100,7 @@ def _average_seeds(runs: Sequence[Run], summaries: Sequence[Summary]) -> list[st
 def _tabulate(
     title: str, runs: Sequence[Run], summaries: Sequence[Summary], differences: dict[str, list[str]]
 ) -> SummaryTable:
-    """Return the table: a row per run of its value of each of ``differences``, then its figures after the run.
+    """Return the table: a row per run of its figures after the run, then its value of each of ``differences``.
 
     The first row has the figures before the runs, where these are the same for all; it is missing if none is.
     """
@@ -109,13 +109,13 @@ def _tabulate(
     rows, before = [], []
     for i, (run, by_label) in enumerate(zip(runs, figures, strict=True)):
         after = [by_label[label].after if label in by_label else q.NONE for label in labels]
-        rows.append([run.name, *(values[i] for values in differences.values()), *after])
+        rows.append([run.name, *after, *(values[i] for values in differences.values())])
     for label in labels:
         sides = {by_label[label].before if label in by_label else q.NONE for by_label in figures}
         before.append(sides.pop() if len(sides) == 1 else q.NONE)
     if any(value != q.NONE for value in before):
-        rows.insert(0, ["before", *[q.NONE] * len(differences), *before])
-    return SummaryTable(title, ["Run", *differences, *labels], rows)
+        rows.insert(0, ["before", *before, *[q.NONE] * len(differences)])
+    return SummaryTable(title, ["Run", *labels, *differences], rows)
 
 
 def _evaluated_tasks(run: Run) -> tuple[object, ...]:

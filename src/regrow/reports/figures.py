@@ -50,10 +50,11 @@ def draw_quality(run: Run) -> Drawing | None:
 
     def paint(figure: "Figure") -> None:
         axes = figure.subplots()
-        for model, title in run.models.items():
+        for step, (model, title) in enumerate(run.models.items()):
+            places = [i + 0.2 * (step - (len(run.models) - 1) / 2) for i in range(len(rows))]
             values = [row.value(model) or math.nan for row in rows]
             errors = [row.error(model) or 0.0 for row in rows]
-            axes.errorbar(values, range(len(rows)), xerr=errors, fmt="o", color=colours[model], label=title)
+            axes.errorbar(values, places, xerr=errors, fmt="o", color=colours[model], label=title)
         axes.set_xscale("log")
         _format_ticks(axes.xaxis, "number")
         labels = [q.shorten(row.name, 20) + ("" if row.seen else " (unseen)") for row in rows]

@@ -1,9 +1,11 @@
-"""The page of run folders: one HTML file that needs no network and no script."""
+"""The page of run folders: one HTML file that needs no network; a comparison sorts and filters by its only script."""
 
 import logging
 import shlex
+from base64 import b64encode
 from collections.abc import Callable, Sequence
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +71,7 @@ def to_html(runs: Sequence[Run]) -> str:
         "run": run,
         "summary": summary.summarise(run),
         "command": summary.next_command(run),
-        "strips": group_strips(run.widths),
+        "strips": group_strips([kind for kind in run.widths if any(a != b for _, a, b in kind.rows)]),
         "quality": summary.quality_table(run),
         "accuracy": summary.accuracy_table(run),
         "proof": summary.describe_proof(run),
@@ -93,8 +95,9 @@ def _environment() -> Any:
         from markupsafe import Markup
     except ImportError:
         raise ReportError(f"a page needs jinja2: {install_command('report')}") from None
+    loader = jinja2.PackageLoader("regrow.reports", "templates")
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("regrow.reports", "templates"),
+        loader=loader,
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -103,4 +106,7 @@ def _environment() -> Any:
     formats = {"count": quantities.count, "percent": quantities.percent, "duration": quantities.duration}
     # Markup is not escaped: matplotlib has escaped every text in its SVG.
     environment.filters |= formats | {"repr": repr, "quote": shlex.quote, "svg": Markup}
+    script = loader.get_source(environment, "compare.js")[0]
+    digest = b64encode(sha256(script.encode()).digest()).decode()  # the page's policy allows this script alone
+    environment.globals["script"] = {"text": Markup(script), "digest": digest}
     return environment

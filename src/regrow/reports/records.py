@@ -1,4 +1,4 @@
-"""What pages read of run folders, as typed records: rows of ``metrics.jsonl``, and whole runs."""
+"""Typed records of what pages read of run folders (rows of ``metrics.jsonl``, whole runs), and of what they say."""
 
 import math
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 
 from regrow.reports.cells import FoundNetwork
+from regrow.reports.quantities import NONE
 from regrow.store import metrics
 from regrow.store.metrics import Figure
 from regrow.store.schemas import Count, RunJson, StageJson
@@ -81,10 +82,12 @@ class StageMemoryRow(msgspec.Struct, frozen=True):
 
 
 class PassTimes(msgspec.Struct, frozen=True):
-    """Measured milliseconds of a forward pass of the whole searched network, and of the found one."""
+    """Measured milliseconds of a forward pass of the network before the run, and of its result."""
 
     whole: Amount = None
     found: Amount = None
+    tokens: Count = 0  # of the row that was timed; 0: it was the traced example
+    device: str = ""
 
 
 class TrainingRow(msgspec.Struct, frozen=True):
@@ -175,6 +178,12 @@ class AxisKind:
     rows: list[tuple[str, int, int]]  # key, units before and after
 
     @property
+    def cells(self) -> list[tuple[str, float]]:
+        """(units in words, the fraction that is left, 1 at most) of each axis, as cells of a strip."""
+        rows = enumerate(self.rows, 1)
+        return [(f"{i}: {a:,} → {b:,} units", min(1.0, b / a) if a else 1.0) for i, (_, a, b) in rows]
+
+    @property
     def before(self) -> int:
         """The number of units of all its axes together before the run."""
         return sum(before for _, before, _ in self.rows)
@@ -237,6 +246,39 @@ class Run:
     def stages(self) -> list[StageJson]:
         """The runs that made the network, in order, this one last; empty if it is the only one."""
         return [*self.file.stages, *filter(None, [self.file.stage])] if self.file.stages else []
+
+
+@dataclass(frozen=True)
+class SummaryTable:
+    """A table whose cells are formatted; the first cell of a row is its label."""
+
+    title: str
+    columns: Sequence[str]
+    rows: list[list[str]]
+    # How dark each cell is, 0 to 1, in the form of `rows`; None: it has no shade; empty: no cell has
+    shades: list[list[float | None]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """A row of the table at the head of a page: a quantity after a run and before it, formatted, and a remark."""
+
+    label: str  # the name of the quantity
+    after: str
+    before: str = NONE  # a dash where there is no such value
+    remark: str = ""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the head of a page says of a run, and the size and quality by which it is compared with others."""
+
+    sentence: str  # the result in one or two sentences
+    figures: list[SummaryRow]  # the table of numbers
+    details: list[str]  # further sentences
+    size: float | None  # parameters at the end; None if unknown
+    quality: float | None  # mean perplexity, or mean accuracy (0 to 1), at the end; None if not measured
+    alarms: list[str] = field(default_factory=list)  # warnings: sentences that must not be overlooked
 
 
 def mean_perplexities(rows: Sequence[Quality]) -> tuple[float | None, float | None]:

@@ -2,9 +2,7 @@
 
 import math
 import shlex
-from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 
 from regrow.core.amounts import Target, parse_bytes
 from regrow.reports import quantities as q
@@ -17,6 +15,9 @@ from regrow.reports.records import (
     SearchEpoch,
     SearchTotals,
     StageMemoryRow,
+    Summary,
+    SummaryRow,
+    SummaryTable,
     TrainingRow,
     mean_perplexities,
 )
@@ -50,39 +51,6 @@ POOR_PERPLEXITY, POOR_ACCURACY = 1.25, 0.05
 MOVED = 1e-3
 
 
-@dataclass(frozen=True)
-class SummaryTable:
-    """A table whose cells are formatted; the first cell of a row is its label."""
-
-    title: str
-    columns: Sequence[str]
-    rows: list[list[str]]
-    # How dark each cell is, 0 to 1, in the form of `rows`; None: it has no shade; empty: no cell has
-    shades: list[list[float | None]] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class SummaryRow:
-    """A row of the table at the head of a page: a quantity after a run and before it, formatted, and a remark."""
-
-    label: str  # the name of the quantity
-    after: str
-    before: str = q.NONE  # a dash where there is no such value
-    remark: str = ""
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What the head of a page says of a run, and the size and quality by which it is compared with others."""
-
-    sentence: str  # the result in one or two sentences
-    figures: list[SummaryRow]  # the table of numbers
-    details: list[str]  # further sentences
-    size: float | None  # parameters at the end; None if unknown
-    quality: float | None  # mean perplexity, or mean accuracy (0 to 1), at the end; None if not measured
-    alarms: list[str] = field(default_factory=list)  # warnings: sentences that must not be overlooked
-
-
 def summarise(run: Run) -> Summary:
     """Return what the head of a run's page says: its result in a sentence, figures, details and warnings."""
     summarisers = {"learn": _summarise_learning, "search": _summarise_search}
@@ -105,22 +73,25 @@ def name_measure(measure: str) -> str:
 def _summarise_change(run: Run) -> Summary:
     """Summarise a run that cut, grew or recovered a network."""
     before, after = run.sizes.get("before"), run.sizes.get("recovered", run.sizes.get("changed"))
-    sentence, figures = f"{run.method} on {run.model}.", list[SummaryRow]()
+    sentence, figures, budget = f"{run.method} on {run.model}", list[SummaryRow](), run.last_of(BudgetRow)
+    limit = f"allowed at most {q.amount(budget.asked, budget.measure)}" if budget and budget.asked is not None else ""
     if before and after:
         remark = f"{q.percent(after.params_all / before.params_all)} left" if before.params_all else ""
+        if limit and budget and budget.measure == "params":
+            remark, limit = f"{remark}; {limit}", ""
         figures.append(SummaryRow("Parameters", q.count(after.params_all), q.count(before.params_all), remark))
         bytes_after, bytes_before = q.decimal_bytes(after.bytes), q.decimal_bytes(before.bytes)
         figures.append(SummaryRow("Size on disk", bytes_after, bytes_before, after.dtype))
-        if before.params_counted:
-            kept = after.params_counted / before.params_counted
+        if before.params_all:
+            kept = after.params_all / before.params_all
             verb = "removed {} of" if kept <= 1 else "added {} to"
-            sentence = f"{run.method} {verb.format(q.percent(abs(1 - kept)))} the weights of {run.model}."
-    if (budget := run.last_of(BudgetRow)) and budget.asked is not None:
+            sentence = f"{run.method} {verb.format(q.percent(abs(1 - kept)))} the parameters of {run.model}"
+    if limit and budget:
         measure = budget.measure
         label = f"Target: {name_measure(measure)}" + (f" at {budget.context:,} tokens" if budget.context else "")
-        remark = f"allowed at most {q.amount(budget.asked, measure)}"
-        remark += f"; predicted {q.amount(budget.predicted, measure)}" if budget.predicted else ""
-        figures.append(SummaryRow(label, q.amount(budget.after, measure), q.amount(budget.before, measure), remark))
+        limit += f"; predicted {q.amount(budget.predicted, measure)}" if budget.predicted else ""
+        figures.append(SummaryRow(label, q.amount(budget.after, measure), q.amount(budget.before, measure), limit))
+    figures += _tabulate_times(run)
     _, quality = mean_perplexities(run.quality)
     ratios, is_poor = list[str](), False
     for seen, text in ((True, "seen text"), (False, "unseen text")):
@@ -131,7 +102,7 @@ def _summarise_change(run: Run) -> Summary:
             figures.append(SummaryRow(f"Perplexity, {text}", q.significant(last), q.significant(first), ratio))
             ratios += [f"{ratio} on {text}"] if ratio else []
     if ratios:
-        sentence += f" Perplexity is {' and '.join(ratios)}."
+        sentence += f": perplexity is {' and '.join(ratios)}"
     if tasks := [row for row in run.quality if row.seen is None and row.lost is not None]:
         first, last = q.mean([row.value("before") for row in tasks]), q.mean([row.after for row in tasks])
         remark = f"mean of {len(tasks)} tasks" if len(tasks) > 1 else tasks[0].name
@@ -139,15 +110,26 @@ def _summarise_change(run: Run) -> Summary:
         figures.append(SummaryRow("Accuracy", q.percent(last), q.percent(first), remark))
         if quality is None:
             quality = last
-            sentence += f" Accuracy went from {q.percent(first)} to {q.percent(last)}."
+            sentence += f": accuracy went from {q.percent(first)} to {q.percent(last)}"
     if quality is None and run.file.verb == "grow" and run.rows_of(VerifyRow) and not is_broken(run):
-        sentence += " Its outputs are unchanged."
+        sentence += ", and its outputs are unchanged"
     elif quality is None:
-        sentence += " The loss in quality was not measured."
+        sentence += ", and the loss in quality was not measured"
     alarms = [describe_proof(run)] if is_broken(run) else []
-    alarms += ["it answers much worse than before: train it, or cut less"] if is_poor else []
+    alarms += ["Its quality is much worse than before: train it, or cut less."] if is_poor else []
     size = after.params_all if after else None
-    return Summary(sentence, figures, _describe_training(run), size, quality, alarms)
+    return Summary(f"{sentence}.", figures, _describe_training(run), size, quality, alarms)
+
+
+def _tabulate_times(run: Run) -> list[SummaryRow]:
+    """Return the row of the measured time of a forward pass, if a run measured it before and after its change."""
+    times = run.last_of(PassTimes)
+    if times is None or not times.whole or not times.found:
+        return []
+    tokens = f"of {times.tokens:,} tokens" if times.tokens else ""
+    remark = f"{times.whole / times.found:.2f} times as fast{f', on {times.device}' if times.device else ''}"
+    label = " ".join(filter(None, ("Time per pass", tokens)))
+    return [SummaryRow(label, q.amount(times.found, "ms"), q.amount(times.whole, "ms"), remark)]
 
 
 def _describe_training(run: Run) -> list[str]:
@@ -201,15 +183,16 @@ def _summarise_search(run: Run) -> Summary:
         nonzero = f"{q.count(found.nonzero)} nonzero" if found.nonzero != found.parameters else ""
         ending = f", {nonzero}" if nonzero else ""
         sentence += f" and found a network of {q.count(found.parameters)} parameters{ending}."
-        figures.append(SummaryRow("Parameters", q.count(found.parameters), remark=nonzero))
+        limit = f"allowed at most {q.amount(asked, measure)}" if asked and measure == "params" else ""
+        remark = "; ".join(filter(None, (nonzero, limit)))
+        figures.append(SummaryRow("Parameters", q.count(found.parameters), remark=remark))
         figures.append(SummaryRow("MACs", q.count(found.macs), remark="of one example"))
         score = q.significant(found.score) if found.accuracy is None else q.percent(found.accuracy)
         figures.append(SummaryRow(f"Validation {found.metric}", score, remark="after the search"))
-    if reached is not None and asked:
+    if reached is not None and asked and measure != "params":
         limit = f"allowed at most {q.amount(asked, measure)}"
         figures.append(SummaryRow(f"Target: {name_measure(measure)}", q.amount(reached, measure), remark=limit))
-    if times := run.last_of(PassTimes):
-        figures.append(SummaryRow("Time per pass", q.amount(times.found, "ms"), q.amount(times.whole, "ms")))
+    figures += _tabulate_times(run)
     if test:
         trained = "trained further" if run.settings.get("inherit") == "yes" else "retrained from scratch"
         state = trained if run.settings.get("retrain", "0") != "0" else "with the weights of the search"
@@ -324,16 +307,13 @@ def describe_proof(run: Run) -> str:
     rows = [row for row in run.rows_of(VerifyRow) if row.max_abs_diff is not None and row.bound is not None]
     if not rows:
         return "It was not checked that the changed model computes what it should."
-    verb = "does not compute" if is_broken(run) else "computes"
-    if run.file.verb == "grow":
-        law = f"Grown = original: the grown model {verb} what the model computed before"
-    else:
-        law = f"Masked = shrunk: the cut model {verb} what the whole model computes with the removed units masked"
+    reference = "the model before" + ("" if run.file.verb == "grow" else " with the removed units masked")
     figures = [
         f"{q.significant(row.max_abs_diff)}, allowed {q.significant(row.bound)}{f', {row.dtype}' if row.dtype else ''}"
         for row in rows[-8:]
     ]
-    return f"{law}. Largest difference: {'; '.join(figures)}.{' Do not use it.' if is_broken(run) else ''}"
+    verdict = "Do not use it: its outputs differ from" if is_broken(run) else "Its outputs equal"
+    return f"{verdict} those of {reference}. Largest difference: {'; '.join(figures)}."
 
 
 def is_broken(run: Run) -> bool:

@@ -95,8 +95,8 @@ class Settings:
         group=AMOUNT,
     )] = False
     sources: Annotated[tuple[str, ...], Setting(
-        "Text to calibrate and measure on: news, code, manual, talk, generated or chat (by the model), or NAME=PATH; for "
-        "image models digits or NAME=FOLDER. Repeatable.",
+        "Text to calibrate and measure on: news, code, manual, talk, generated or chat (by the model), or NAME=PATH; "
+        "for image models digits or NAME=FOLDER. Repeatable.",
         option="--source", metavar="NAME[=PATH]", group=DATA, common=True, source=True,
     )] = ()
     unseen: Annotated[tuple[str, ...], Setting(
