@@ -192,7 +192,7 @@ def log_speed(
     """
     batch = Batch(axes.example.args, axes.example.kwargs)
     batch = set_row_length(batch, tokens) if tokens else batch
-    with preserve_random_state(()), autocasting(after, precision):
+    with preserve_random_state(()), autocasting(before, precision), autocasting(after, precision):
         times = fastest_passes((before, after), batch, repeats=5)
     whole, found = (time / STEPS_PER_UNIT[Measure.TIME] for time in times)
     columns = {"tokens": count_positions(batch) if tokens else 0, "device": str(next(after.parameters()).device)}
