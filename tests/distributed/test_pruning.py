@@ -4,20 +4,8 @@ import json
 
 from distributed.processes import finish, free_port, start
 
-WORDS = (
-    "--keep",
-    "0.7",
-    "--source",
-    "news",
-    "--source",
-    "code",
-    "--tokens",
-    "160",
-    "--eval-tokens",
-    "96",
-    "--precision",
-    "float32",
-)
+WORDS = ("--method", "flap", "--keep", "0.7", "--source", "news", "--source", "code", "--tokens", "160")
+WORDS += ("--eval-tokens", "96")
 """Five calibration windows and three for evaluation: ranks get unequal shares."""
 FILES = ("ledger.json", "model.safetensors", "shapes.json", "axes.json", "probe.st", "metrics.jsonl")
 TWICE = """
