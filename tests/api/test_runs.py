@@ -182,7 +182,7 @@ def test_a_killed_search_resumes_to_the_same_bits_in_a_run_that_commands_take() 
 
 
 def interrupt(done: int, total: int, text: str) -> None:
-    if text not in ("loading", "learning", "recovering"):  # names of stages, as they begin
+    if text not in ("loading", "preparing", "learning", "recovering"):  # names of stages, as they begin
         raise KeyboardInterrupt
 
 

@@ -145,7 +145,7 @@ def show_lines(what: str = "starting") -> Iterator[Progress]:
     """
     tasks: dict[tuple[str, int], _Task] = {}
     latest = (_Task(), 0, 1, what)
-    is_over = threading.Event()
+    stream, is_over = sys.stderr, threading.Event()  # loading and tracing redirect `sys.stderr`
 
     def update(done: int, total: int, what: str) -> None:
         nonlocal latest
@@ -162,8 +162,8 @@ def show_lines(what: str = "starting") -> Iterator[Progress]:
             if (tenth := 10 * done // max(1, total)) > task.tenth:
                 task.tenth = tenth
                 steps = f": {done}/{total}{task.estimate(done, total)}" if total > 1 else " …"
-                sys.stderr.write(f"{escape_controls(text)}{steps}\n")
-                sys.stderr.flush()
+                stream.write(f"{escape_controls(text)}{steps}\n")
+                stream.flush()
 
     thread = threading.Thread(target=print_lines, daemon=True)
     thread.start()

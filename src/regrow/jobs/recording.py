@@ -155,6 +155,7 @@ class ActiveRun:
     @contextmanager
     def begin(self, start: RunStart) -> Iterator[Record]:
         """Context manager: begin or resume the record, which is yielded and is ``record`` from then on."""
+        self.progress(0, 1, "preparing")
         with self.recorder.begin(start) as self.record:
             yield self.record
 
