@@ -74,6 +74,8 @@ def test_files_for_hosts_are_valid():
     files = (".github/workflows/ci.yml", ".pre-commit-config.yaml", "CITATION.cff", ".github/ISSUE_TEMPLATE/bug.yml")
     workflow, hooks, citation, bug = (yaml.safe_load((ROOT / name).read_text("utf-8")) for name in files)
     assert any(".ci/run" in step.get("run", "") for step in workflow["jobs"]["check"]["steps"])
+    oldest = workflow["jobs"]["release"]["strategy"]["matrix"]["include"][0]["torch"]
+    assert f"torch>={oldest.removesuffix('.0')},<3" in PROJECT["project"]["dependencies"]
     assert {hook["id"] for repo in hooks["repos"] for hook in repo["hooks"]} == {"ruff-check", "ruff-format", "mypy"}
     assert citation["version"] == PROJECT["project"]["version"] and citation["license"] == "Apache-2.0"
     assert [paper["title"] for paper in citation["references"]] == ["GPrune-LLM", "SparseGrow", "MGAS"]

@@ -31,7 +31,7 @@ def export(
 
     Args:
         model: The network, which is not changed; or a model's name or a run folder, which is loaded.
-        out: The file or folder to write.
+        out: The file or folder to write; a folder gets a model card, ``README.md``, and the licence of the base model.
         format: ``"transformers"`` (a folder for ``from_pretrained``), ``"gguf"`` (a file for llama.cpp), ``"onnx"`` or
             ``"torchvision"`` (a ``state_dict`` and code that builds the network).
         dtype: The dtype in which weights are stored; empty: the first of the format. ``"gguf"``: ``"f16"``, ``"f32"``,

@@ -109,7 +109,7 @@ def _describe(run: Run) -> str:
         if kind.before != kind.after:
             sides = ([row[side] for row in kind.rows] for side in (1, 2))
             extents = (" to ".join(dict.fromkeys((f"{min(sizes):,}", f"{max(sizes):,}"))) for sizes in sides)
-            rows.append((f"Units of {kind.name}", *extents, f"in {len(kind.rows)} layers"))
+            rows.append((f"Units of {kind.name}", *extents, f"layers: {len(kind.rows)}"))
     rows.append(("Date", "", run.file.finished or "", ", ".join(map(" ".join, run.file.versions.items()))))
     lines = [f"| {' | '.join(map(_cell, row))} |" for row in [("", "before", "after", ""), ("---",) * 4, *rows]]
     text = _cell(" ".join([summary.sentence, *summary.details, *summary.alarms]))
