@@ -14,7 +14,7 @@ from cli.conftest import Run
 from regrow.core.errors import InputError
 from regrow.data import windows
 from regrow.jobs.inputs import read_sources
-from regrow.jobs.pruning_inputs import explain_too_little, find_text_kind, make_source_specs, read_training_text
+from regrow.jobs.pruning_inputs import explain_too_little, make_source_specs, read_training_text
 from regrow.nets import load as load_named
 from regrow.settings.prune import RECOMMENDED, Settings, choose_defaults
 
@@ -34,7 +34,7 @@ def test_a_language_model_gets_the_recommended_method_text_and_repair(regrow: Ru
     assert chosen == json.loads(json.dumps(RECOMMENDED["text"]))
     assert run["asked"]["method"] == "" and run["settings"]["precision"] in ("float32", "bfloat16")
     assert "note: chosen: --method flap --set allocation=measured" in " ".join(out.split())
-    assert run["settings"]["distil"] == 20480 and "--distil 20480" in out
+    assert run["settings"]["distil"] == 2**14 and "--distil 16384" in out
     code, _, err = regrow("prune", model, "--keep", "0.8", *SMALL, "--out", "run")
     assert code == 2 and "holds this very run, finished" in err
     code, _, err = regrow("prune", "--config", "run", model, "--out", "again")  # says what was chosen
@@ -56,12 +56,7 @@ def test_more_time_trains_a_language_model_after_the_cut(regrow: Run, tiny_langu
     taught, dense = package.load("taught"), package.load("taught/before")
     assert sum(p.numel() for p in taught.parameters()) < sum(p.numel() for p in dense.parameters())
     assert choose_defaults(Settings("m", time="hour"), "text").distil == 2**18
-    assert choose_defaults(Settings("m"), "text, and chats").sources[-1] == "chat"
-    tokenizer = load_named(str(tiny_language_model)).tokenizer
-    assert [find_text_kind(tokenizer, n) for n in (32, 256)] == ["text", "text, and chats"]
-    tokenizer.chat_template = "{{ raise_exception('no system message') }}"
-    assert find_text_kind(tokenizer, 256) == "text"
-    assert choose_defaults(Settings("m"), "text", 3 * 10**8).distil == 20480
+    assert choose_defaults(Settings("m"), "text", 3 * 10**8).distil == 2**14
     small, large, named = Settings("m", time="quick"), Settings("m"), Settings("m", method="flap")
     assert not any(
         choose_defaults(one, "text", n).distil for one, n in ((small, 1), (large, 3 * 10**8 + 1), (named, 1))

@@ -7,11 +7,9 @@ import pytest
 import torch
 
 from cli.conftest import Run
-from regrow.core.names import CHAT, GENERATED
 from regrow.jobs import inputs as run_data
 from regrow.jobs import memory_needs
-from regrow.jobs.inputs import GENERATED_FILES
-from regrow.nets import load
+from regrow.jobs.inputs import GENERATED_FILE
 from regrow.store.run_folder import RunFolder
 from regrow.store.run_record import find_unfinished
 from regrow.store.tensors import read_tensors, write_tensors
@@ -23,8 +21,8 @@ WORDS = (
 )
 
 
-def tokens(folder: str, name: str = GENERATED) -> torch.Tensor:
-    return read_tensors(Path(folder) / GENERATED_FILES[name], run_data.GENERATED_FORMAT)[1]["tokens"]
+def tokens(folder: str) -> torch.Tensor:
+    return read_tensors(Path(folder) / GENERATED_FILE, run_data.GENERATED_FORMAT)[1]["tokens"]
 
 
 def stop(*_: object, **__: object) -> None:
@@ -74,30 +72,6 @@ def test_windows_are_stored_and_used_again(
     assert torch.equal(tokens("three"), first) and lacking == [1]
 
 
-def test_chats_begin_as_the_template_says(
-    regrow: Run, tiny_language_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Those of calibration and training are generated once, and a killed run resumes with them."""
-    amounts = ("--tokens", "256", "--eval-tokens", "64", "--seq-len", "64", "--distil", "1024")
-    sources = ("--method", "flap", "--source", "news", "--source", "chat")
-    command = ("prune", str(tiny_language_model), "--keep", "0.8", *sources, *amounts, "--out", "one")
-    with monkeypatch.context() as patch:
-        patch.setattr("regrow.jobs.prune.calibrate", stop)
-        assert regrow(*command)[0] == 130
-    written = tokens(str(find_unfinished(Path("one"))), CHAT)
-    start = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
-    tokenizer = load(str(tiny_language_model)).tokenizer
-    assert written.shape == (12, 64) and written.min() >= 0
-    assert all(text.startswith(start + "<|im_start|>user\n") for text in tokenizer.batch_decode(written))
-    monkeypatch.setattr(run_data, "generate_tokens", stop)
-    code, _, err = regrow(*command)
-    assert code == 0, err
-    assert torch.equal(tokens("one", CHAT), written)
-    rows, metrics = RunFolder.open("one").read_record()["sources"], RunFolder.open("one").metrics()
-    assert (rows[1]["name"], rows[1]["calibration_tokens"], rows[1]["evaluation_tokens"]) == ("chat", 252, 0)
-    assert [row["tokens"] > 512 for row in metrics if row["what"] == "distillation"] == [True]
-
-
 def test_windows_of_another_model_or_vocabulary_are_not_used(tmp_path: Path) -> None:
     path, header = tmp_path / "windows", {"seed": 0, "separator": 1, "vocabulary": 8, "weights": [0.5]}
     write_tensors(path, {"tokens": torch.tensor([[7, -1]])}, header, run_data.GENERATED_FORMAT)
@@ -118,8 +92,6 @@ def test_mistakes_are_one_line(regrow: Run, tiny_language_model: Path) -> None:
     Path("letters.txt").write_text("Some letters. " * 400)
     code, _, err = regrow(*words[:4], "--source", "generated=letters.txt", "--out", "run")
     assert code == 2 and "give generated=PATH another name" in err
-    code, _, err = regrow(*words[:4], "--source", "chat", "--seq-len", "16", "--out", "run")
-    assert code == 2 and "more than a window of 16; give a larger --seq-len" in err
     code, _, err = regrow("prune", "resnet18", "--keep", "0.8", "--source", "generated", "--out", "run")
     assert code == 2 and "this model has no tokenizer; name a language model, or another source" in err
     assert not Path("run").exists()

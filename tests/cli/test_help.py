@@ -91,7 +91,7 @@ COMPLETED = {
     "prune smollm": ("smollm2-135m", "gemma3-270m"),
     "prune ": ("gemma3-270m run-1", "other"),
     "prune smollm2-135m --method g": ("gprune", "flap"),
-    "prune smollm2-135m --source ": ("news generated chat", "flap"),
+    "prune smollm2-135m --source ": ("news generated", "flap"),
     "evaluate smollm2-135m --source ": ("news digits", "generated"),
     "prune smollm2-135m --time ": ("quick night", "flap"),
     "recover run-1 --by ": ("refit lora", "flap"),

@@ -43,8 +43,7 @@ with connected(ranks):
 DIFFERENT = """
 os.environ["MASTER_PORT"] = sys.argv[1]  # the same processes meet for the second time
 from regrow.jobs.inputs import SourceHalves
-from regrow.jobs.inputs import check_same_inputs, check_same_settings
-from regrow.jobs.starting import check_same_tasks
+from regrow.jobs.inputs import check_same_inputs, check_same_settings, check_same_tasks
 from regrow.distributed.parallel import Parallel
 from regrow.core.errors import InputError
 from regrow.settings.prune import Settings

@@ -6,7 +6,7 @@ from glob import escape, glob
 import click
 from click.shell_completion import CompletionItem
 
-from regrow.core.names import DIGITS, DOMAINS, GENERATED_TEXT, PACKAGED, torchvision_names
+from regrow.core.names import DIGITS, DOMAINS, GENERATED, PACKAGED, torchvision_names
 
 _METHODS, _MODELS, _SOURCES = {"method", "by", "name"}, {"model", "other"}, {"sources", "unseen", "on"}
 _FOLDERS = {*_MODELS, "space", "run", "runs", "config", "resume", "data", "tasks"}
@@ -37,5 +37,5 @@ def _list_values(command: str, name: str, incomplete: str) -> Iterable[str]:
     if name in _MODELS or (command, name) == ("search", "space"):
         return (*PACKAGED, *(torchvision_names() if incomplete else ()))
     if name in _SOURCES:
-        return (*DOMAINS, DIGITS, *(GENERATED_TEXT if (command, name) in _GENERATED else ()))
+        return (*DOMAINS, DIGITS, *([GENERATED] if (command, name) in _GENERATED else ()))
     return (DIGITS, *DOMAINS) if name in ("data", "tasks") else ()

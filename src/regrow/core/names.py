@@ -22,9 +22,8 @@ _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 # The names of the text domains that are included, and of the data set of images
 DOMAINS = ("news", "code", "manual", "talk")
 DIGITS = "digits"
-# The names of text that the model generates: of any kind, and chats in its own template
-GENERATED, CHAT = "generated", "chat"
-GENERATED_TEXT = (GENERATED, CHAT)
+# The name of the text that the model generates
+GENERATED = "generated"
 
 
 def names_function(name: str) -> bool:
@@ -95,7 +94,7 @@ def find_source_problem(spec: str) -> str:
     if equals:
         missing = path.strip() and not expanded(Path(path.strip())).exists()
         return f"source {name!r}: {path} does not exist; check the path" if missing else ""
-    known = (*DOMAINS, DIGITS, *GENERATED_TEXT)
+    known = (*DOMAINS, DIGITS, GENERATED)
     if name in known:
         return ""
     try:
@@ -113,9 +112,9 @@ def find_source_problem(spec: str) -> str:
 
 def check_evaluation_sources(specs: Iterable[str]) -> None:
     """Raise ``InputError`` if one of the sources to evaluate on is generated text, which has no evaluation half."""
-    if name := next((spec for spec in specs if spec in GENERATED_TEXT), None):
+    if GENERATED in specs:
         raise InputError(
-            f"source {name!r} is text to calibrate on and has no evaluation half; evaluate on another source, "
+            f"source {GENERATED!r} is text to calibrate on and has no evaluation half; evaluate on another source, "
             f"such as {DOMAINS[0]}"
         )
 

@@ -313,21 +313,6 @@ def find_separator_token(tokenizer: Any) -> int:
     return int(separator)
 
 
-def find_chat_start(tokenizer: Any) -> list[int]:
-    """Return the tokens of a chat up to its first message, without BOS; SourceError if there is no chat template."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise SourceError("source 'chat': the tokenizer has no chat template; name another source, such as generated")
-    from jinja2 import TemplateError
-
-    message = "Hello there"
-    try:
-        start = chat_text([{"role": "user", "content": message}], tokenizer).rpartition(message)[0]
-    except (TemplateError, ValueError) as error:  # of several templates, say
-        raise SourceError(f"source 'chat': the chat template gives {error}; name another source") from error
-    tokens, bos = _tokenize(start, tokenizer), find_bos_tokens(tokenizer)
-    return tokens[len(bos) :] if bos and tokens[:1] == bos else tokens
-
-
 def token_windows(name: str, tokens: Tensor, bos: Sequence[int], origin: str) -> Source:
     """Return a source as of :func:`windows`, a row of ``tokens`` ``[windows, length]`` per batch, after ``bos``."""
     return Source(name, [_to_batch(bos, [row]) for row in tokens.tolist()], origin)

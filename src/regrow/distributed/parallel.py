@@ -123,11 +123,6 @@ def everywhere(ranks: ProcessRank, holds: bool) -> bool:
     return bool(least)
 
 
-def broadcasts_same(ranks: ProcessRank, record: object) -> bool:
-    """Return on every rank whether all have the same JSON data as rank 0; all must call this."""
-    return not ranks.several or everywhere(ranks, broadcast_record(ranks, record) == record)
-
-
 def broadcast_tensors(ranks: ProcessRank, tensors: Sequence[Tensor]) -> None:
     """Set tensors, on any device, to those of rank 0 (equal in shapes and dtypes), in place; all must call this."""
     if not ranks.several:

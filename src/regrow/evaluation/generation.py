@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regrow.core.errors import InputError, RefusedError
-from regrow.core.names import CHAT, GENERATED
+from regrow.core.names import GENERATED
 from regrow.core.progress import Progress, silent
 from regrow.core.sources import Batch, Source, device_of
-from regrow.data.text import find_bos_tokens, find_chat_start, find_separator_token, token_windows
+from regrow.data.text import find_bos_tokens, find_separator_token, token_windows
 from regrow.tracing.meta_copy import copy_model
 
 ROWS, ROWS_ON_CPU = 128, 64  # windows that are generated at a time: a step reads all weights, whatever their number
@@ -98,24 +98,8 @@ def predict_generation_bytes(model: nn.Module, n: int, length: int) -> int:
     return copy + cache + 4 * 4 * rows * config.vocab_size  # four float32 arrays of logits
 
 
-def make_pending_tokens(tokenizer: Any, n: int, seq_len: int, name: str = GENERATED) -> Tensor:
-    """Return the tokens of windows to generate without BOS, ``[windows, tokens]``, -1: not generated yet.
-
-    Windows of the source ``"chat"`` begin as a chat does before its first message. Raise SourceError without a token
-    with which documents start or without a chat template, InputError if a chat starts with more tokens than a window.
-    """
-    find_separator_token(tokenizer)
-    start = find_chat_start(tokenizer) if name == CHAT else []
-    tokens = torch.full((n, seq_len - len(find_bos_tokens(tokenizer))), -1)
-    if len(start) >= tokens.shape[1]:
-        problem = f"source {name!r}: a chat of this model starts with {len(start)} tokens, more than a window"
-        raise InputError(f"{problem} of {seq_len}; give a larger --seq-len")
-    tokens[:, : len(start)] = torch.tensor(start, dtype=torch.int64)
-    return tokens
-
-
 def generate_source(
-    model: nn.Module, tokenizer: Any, n: int, seq_len: int, seed: int = 0, name: str = GENERATED
+    model: nn.Module, tokenizer: Any, n: int, seq_len: int, seed: int = 0, progress: Progress = silent
 ) -> Source:
     """Return a source of text that a model generates (:func:`generate_tokens`), in windows with shifted labels.
 
@@ -125,15 +109,16 @@ def generate_source(
         n: The number of windows.
         seq_len: Tokens per window.
         seed: The random seed.
-        name: ``"generated"``, or ``"chat"`` for chats in the tokenizer's template.
+        progress: Called with (tokens so far, tokens in all, what is being done).
 
     Raises:
-        InputError: If the model cannot generate text, or a chat starts with more tokens than a window.
-        SourceError: If the tokenizer has no token with which a document starts, or no chat template.
+        InputError: If the model cannot generate text.
+        SourceError: If the tokenizer has no token with which a document starts.
     """
-    tokens = make_pending_tokens(tokenizer, n, seq_len, name)
-    generate_tokens(model, tokens, find_separator_token(tokenizer), seed)
-    return token_windows(name, tokens, find_bos_tokens(tokenizer), describe_generated(n, seq_len, seed))
+    bos = find_bos_tokens(tokenizer)
+    tokens = torch.full((n, seq_len - len(bos)), -1)
+    generate_tokens(model, tokens, find_separator_token(tokenizer), seed, progress=progress)
+    return token_windows(GENERATED, tokens, bos, describe_generated(n, seq_len, seed))
 
 
 def describe_generated(n: int, seq_len: int, seed: int) -> str:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
@@ -11,19 +10,15 @@ from torch import Tensor, nn
 
 from regrow import data
 from regrow.core.errors import InputError
-from regrow.core.names import CHAT, GENERATED, GENERATED_TEXT, check_evaluation_sources
+from regrow.core.names import GENERATED, check_evaluation_sources
 from regrow.core.sources import Batch, Source
+from regrow.core.tasks import Task, first_examples, first_tensor
 from regrow.data import Half
-from regrow.data.text import find_bos_tokens, find_chat_start, find_separator_token, token_windows
+from regrow.data.text import find_bos_tokens, find_separator_token, token_windows
 from regrow.data.vision import digits, images
 from regrow.distributed import ProcessRank
-from regrow.distributed.parallel import broadcast_tensors, broadcasts_same, checksum
-from regrow.evaluation.generation import (
-    check_generation,
-    describe_generated,
-    generate_tokens,
-    make_pending_tokens,
-)
+from regrow.distributed.parallel import broadcast_record, broadcast_tensors, checksum, everywhere
+from regrow.evaluation.generation import check_generation, describe_generated, generate_tokens
 from regrow.jobs.models import find_input_shape
 from regrow.jobs.recording import ActiveRun
 from regrow.nets import Loaded
@@ -35,11 +30,13 @@ from regrow.streaming.weights import StoredWeights
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-# Files in a run folder: a folder of their own, since loaders of models read all weights beside a configuration.
-GENERATED_FILES = {GENERATED: "generated/windows.safetensors", CHAT: "generated/chats.safetensors"}
+# The file in a run folder: a folder of its own, since loaders of models read all weights beside a configuration.
+GENERATED_FILE = "generated/windows.safetensors"
 GENERATED_FORMAT = "regrow-generated/1"
 # Settings that may name another folder on another host: what they lead to is compared.
 _PATH_SETTINGS = ("model", "run", "sources", "unseen", "input")
+# How many examples of each part of a task are compared.
+COMPARED_EXAMPLES = 256
 
 
 @dataclass(frozen=True)
@@ -52,17 +49,12 @@ class SourceSpecs:
     unseen: tuple[str, ...] = ()  # for evaluation only
     tokens: int = 0  # calibration tokens of each source
     seed: int = 0  # of the choice of calibration windows or images, and of generated text
-    generated_tokens: int = 0  # calibration tokens of the source `generated`
-
-    def count_generated(self, name: str) -> int:
-        """Return how many windows of ``seq_len`` tokens the model generates for a source; 0 if it does not."""
-        tokens = {GENERATED: self.generated_tokens, CHAT: self.tokens}.get(name)
-        return 0 if tokens is None else count_windows(tokens, self.seq_len)
+    generated_tokens: int = 0  # calibration tokens of text that the model generates
 
     @property
     def generated_windows(self) -> int:
-        """How many windows of ``seq_len`` tokens the model generates, over all sources."""
-        return sum(map(self.count_generated, self.sources))
+        """How many windows of ``seq_len`` tokens of generated text are used."""
+        return count_windows(self.generated_tokens, self.seq_len)
 
 
 @dataclass(frozen=True)
@@ -119,16 +111,15 @@ def read_sources(specs: SourceSpecs, loaded: Loaded) -> SourceHalves:
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"two sources are named {name!r}; give each its own name: NAME=PATH")
-    for name in GENERATED_TEXT:
-        if name in names and name not in all_specs:
-            raise InputError(f"source {name!r} is text that the model generates; give {name}=PATH another name")
+    if GENERATED in names and GENERATED not in all_specs:
+        raise InputError(f"source {GENERATED!r} is text that the model generates; give {GENERATED}=PATH another name")
     calibration = (
-        _make_generated_source(specs, loaded, spec)
-        if spec in GENERATED_TEXT
+        _make_generated_source(specs, loaded)
+        if spec == GENERATED
         else _read_source(specs, loaded, spec, Half.CALIBRATION, specs.tokens)
         for spec in specs.sources
     )
-    evaluated = (spec for spec in all_specs if spec not in GENERATED_TEXT)
+    evaluated = (spec for spec in all_specs if spec != GENERATED)
     evaluation = (_read_source(specs, loaded, spec, Half.EVALUATION, specs.eval_tokens) for spec in evaluated)
     return SourceHalves(tuple(calibration), tuple(evaluation))
 
@@ -169,7 +160,7 @@ def describe_sources(specs: SourceSpecs, halves: SourceHalves) -> list[dict[str,
     tests, rows = iter(halves.evaluation), []
     for i, spec in enumerate((*specs.sources, *specs.unseen)):
         calibration = halves.calibration[i] if i < len(halves.calibration) else None
-        test = None if spec in GENERATED_TEXT else next(tests)
+        test = None if spec == GENERATED else next(tests)
         parts = {"calibration": calibration, "evaluation": test}
         name = next(source.name for source in (test, calibration) if source is not None)
         origin = "; ".join(f"{half}: {source.origin}" for half, source in parts.items() if source is not None)
@@ -178,16 +169,20 @@ def describe_sources(specs: SourceSpecs, halves: SourceHalves) -> list[dict[str,
     return rows
 
 
-def _make_generated_source(specs: SourceSpecs, loaded: Loaded, name: str, tokens: Tensor | None = None) -> Source:
-    """Return a source of generated text: ``tokens``, ``[windows, tokens]``, or ``None``: its windows are pending."""
+def _make_generated_source(specs: SourceSpecs, loaded: Loaded, tokens: Tensor | None = None) -> Source:
+    """Return the source of generated text: ``tokens``, ``[windows, tokens]``, or ``None``: its windows are pending."""
     if loaded.tokenizer is None:
-        problem = f"source {name!r} is text that the model generates, and this model has no tokenizer"
-        raise InputError(f"{problem}; name a language model, or another source")
+        raise InputError(
+            f"source {GENERATED!r} is text that the model generates, and this model has no tokenizer; name a language "
+            "model, or another source"
+        )
     check_generation(loaded.model)
+    find_separator_token(loaded.tokenizer)
+    n = specs.generated_windows
     if tokens is None:
-        return Source(name, PendingWindows(len(_make_pending_tokens(specs, loaded, name))))
-    origin = describe_generated(len(tokens), specs.seq_len, specs.seed)
-    return token_windows(name, tokens, find_bos_tokens(loaded.tokenizer), origin)
+        return Source(GENERATED, PendingWindows(n))
+    origin = describe_generated(n, specs.seq_len, specs.seed)
+    return token_windows(GENERATED, tokens, find_bos_tokens(loaded.tokenizer), origin)
 
 
 def fill_generated(
@@ -206,34 +201,27 @@ def fill_generated(
     for a model without numbers (which cannot generate); ``run`` ``None``: a single process. All ranks call this.
     """
     run = run or ActiveRun()
-    calibration = []
-    for source in halves.calibration:
-        if isinstance(source.batches, PendingWindows):
-            name, tokens = source.name, _make_pending_tokens(specs, loaded, source.name)
-            if run.ranks.leads:
-                header = _make_header(specs, loaded, name, weights)
-                files = [path / GENERATED_FILES[name] for path in (*others, folder) if path]
-                _fill_stored_windows(tokens, files, header)
-                store = partial(_store_windows, files[-1] if folder else None, tokens, header)
-                if (tokens < 0).any():
-                    separator = find_separator_token(loaded.tokenizer)
-                    generate_tokens(loaded.model, tokens, separator, specs.seed, progress=run.progress, store=store)
-                store()
-            broadcast_tensors(run.ranks, [tokens])
-            source = _make_generated_source(specs, loaded, name, tokens)
-        calibration.append(source)
+    tokens = _make_pending_tokens(specs, loaded)
+    if run.ranks.leads:
+        header = _make_header(specs, loaded, weights)
+        _fill_stored_windows(tokens, (*others, *([folder] if folder else [])), header)
+
+        def store() -> None:
+            if folder is not None:
+                with explain_os_errors(folder / GENERATED_FILE):
+                    (folder / GENERATED_FILE).parent.mkdir(exist_ok=True)
+                write_tensors(folder / GENERATED_FILE, {"tokens": tokens}, header, GENERATED_FORMAT)
+
+        if (tokens < 0).any():
+            separator = find_separator_token(loaded.tokenizer)
+            generate_tokens(loaded.model, tokens, separator, specs.seed, progress=run.progress, store=store)
+        store()
+    broadcast_tensors(run.ranks, [tokens])
+    calibration = (
+        _make_generated_source(specs, loaded, tokens) if isinstance(source.batches, PendingWindows) else source
+        for source in halves.calibration
+    )
     return replace(halves, calibration=tuple(calibration))
-
-
-def _store_windows(path: Path | None, tokens: Tensor, header: Mapping[str, object]) -> None:
-    """Write windows of generated text and their header to a file; nothing without a path, or if it holds them."""
-    if path is not None:
-        stored = _read_windows(path, header)
-        if stored is not None and torch.equal(stored[: len(tokens)], tokens):  # it may hold more
-            return
-        with explain_os_errors(path):
-            path.parent.mkdir(exist_ok=True)
-        write_tensors(path, {"tokens": tokens}, header, GENERATED_FORMAT)
 
 
 def complete_data(
@@ -256,29 +244,30 @@ def complete_data(
     return halves
 
 
-def _make_pending_tokens(specs: SourceSpecs, loaded: Loaded, name: str) -> Tensor:
-    """Return the windows to generate for a source, by :func:`make_pending_tokens`."""
-    return make_pending_tokens(loaded.tokenizer, specs.count_generated(name), specs.seq_len, name)
+def _make_pending_tokens(specs: SourceSpecs, loaded: Loaded) -> Tensor:
+    """Return the tokens of the windows to generate, ``[windows, tokens]``, each -1: not generated yet."""
+    return torch.full((specs.generated_windows, specs.seq_len - len(find_bos_tokens(loaded.tokenizer))), -1)
 
 
 def check_generated_stored(
     specs: SourceSpecs, loaded: Loaded, folders: Sequence[Path], weights: Sequence[float]
 ) -> None:
-    """Raise InputError unless run folders hold the generated text of a network that is read by block."""
-    for name in [name for name in specs.sources if name in GENERATED_TEXT]:
-        tokens, header = _make_pending_tokens(specs, loaded, name), _make_header(specs, loaded, name, weights)
-        _fill_stored_windows(tokens, [folder / GENERATED_FILES[name] for folder in folders], header)
-        if missing := int((tokens < 0).any(1).sum()):
-            raise InputError(
-                f"source {name!r} lacks {missing} of {len(tokens)} windows, and a network that is read one block at a "
-                "time cannot generate them; give more --memory, or fewer --tokens"
-            )
+    """Raise InputError unless run folders hold all generated text that ``specs`` ask for.
+
+    For a network read block by block, which cannot generate; ``weights`` are the sums of its parameters.
+    """
+    tokens = _make_pending_tokens(specs, loaded)
+    _fill_stored_windows(tokens, folders, _make_header(specs, loaded, weights))
+    if missing := int((tokens < 0).any(1).sum()):
+        raise InputError(
+            f"source 'generated' lacks {missing} of {len(tokens)} windows, and a network that is read one block at a "
+            "time cannot generate them; give more --memory, or fewer --tokens"
+        )
 
 
-def _make_header(specs: SourceSpecs, loaded: Loaded, name: str, weights: Sequence[float] | None) -> dict[str, object]:
-    """Return the header of a file of generated text: the seed, first tokens, vocabulary and weights it depends on."""
+def _make_header(specs: SourceSpecs, loaded: Loaded, weights: Sequence[float] | None) -> dict[str, object]:
+    """Return the header of the file of generated text: the seed, first token, vocabulary and weights it depends on."""
     return {
-        **({"start": find_chat_start(loaded.tokenizer)} if name == CHAT else {}),
         "seed": specs.seed,
         "separator": find_separator_token(loaded.tokenizer),
         "vocabulary": len(cast(Any, loaded.model).get_input_embeddings().weight),
@@ -286,10 +275,10 @@ def _make_header(specs: SourceSpecs, loaded: Loaded, name: str, weights: Sequenc
     }
 
 
-def _fill_stored_windows(tokens: Tensor, files: Sequence[Path], header: Mapping[str, object]) -> None:
-    """Set windows of ``tokens``, in place, to those of the same length and ``header`` that files hold."""
-    for file in files:
-        stored = _read_windows(file, header)
+def _fill_stored_windows(tokens: Tensor, folders: Sequence[Path], header: Mapping[str, object]) -> None:
+    """Set windows of ``tokens``, in place, to those of the same length and ``header`` that run folders hold."""
+    for folder in folders:
+        stored = _read_windows(folder / GENERATED_FILE, header)
         if stored is not None and stored.shape[1] == tokens.shape[1]:
             n = min(len(tokens), len(stored))
             tokens[:n] = torch.where(stored[:n] >= 0, stored[:n], tokens[:n])
@@ -311,20 +300,29 @@ def _read_windows(path: Path, header: Mapping[str, object]) -> Tensor | None:
 def check_same_settings(ranks: ProcessRank, settings: "DataclassInstance", memory: str = "") -> None:
     """Raise InputError on every rank unless all have the same settings (but paths) and ``memory``, the limit."""
     values = {name: value for name, value in asdict(settings).items() if name not in _PATH_SETTINGS}
-    if not broadcasts_same(ranks, fingerprint(Source("", ()), values, memory)):
+    if not _are_same(ranks, fingerprint(Source("", ()), values, memory)):
         raise InputError("the processes have different settings; start all with the same command")
 
 
 def check_same_inputs(ranks: ProcessRank, networks: Sequence[nn.Module | StoredWeights], halves: SourceHalves) -> None:
     """Raise InputError on every rank unless all have the same weights (of networks, or in their files) and data."""
     if ranks.several:
-        check_weights(ranks, networks)
+        _check_weights(ranks, networks)
         sources = [*halves.calibration, *halves.evaluation]
         sources = [source for source in sources if not isinstance(source.batches, PendingWindows)]  # rank 0 generates
-        check_data(ranks, [source.name for source in sources], [fingerprint(source) for source in sources])
+        _check_data(ranks, [source.name for source in sources], [fingerprint(source) for source in sources])
 
 
-def check_weights(ranks: ProcessRank, networks: Sequence[nn.Module | StoredWeights]) -> None:
+def check_same_tasks(ranks: ProcessRank, model: nn.Module, tasks: Sequence[Task]) -> None:
+    """Raise InputError on every rank unless all have the same weights, and tasks that start with the same examples."""
+    if ranks.several:
+        _check_weights(ranks, [model])
+        parts = (first_examples(part, COMPARED_EXAMPLES) for task in tasks for part in (task.train, task.test))
+        sums = [[checksum(first_tensor(part.inputs)), checksum(part.labels)] for part in parts]
+        _check_data(ranks, [task.name for task in tasks], sums)
+
+
+def _check_weights(ranks: ProcessRank, networks: Sequence[nn.Module | StoredWeights]) -> None:
     """Raise InputError on every rank unless all have networks of the same weights."""
     sums = []
     for network in networks:
@@ -332,13 +330,20 @@ def check_weights(ranks: ProcessRank, networks: Sequence[nn.Module | StoredWeigh
             sums += [checksum(value) for value in network.state_dict().values() if isinstance(value, Tensor)]
         else:  # it runs one block at a time: one tensor is in memory
             sums += [checksum(network[name]) for name, _ in network.places()]
-    if not broadcasts_same(ranks, sums):
-        problem = "the processes have models of different weights"
-        raise InputError(f"{problem}; seed the function that builds it, or copy the same folder to all hosts")
+    if not _are_same(ranks, sums):
+        raise InputError(
+            "the processes have models of different weights; seed the function that builds it, or copy the same folder "
+            "to all hosts"
+        )
 
 
-def check_data(ranks: ProcessRank, names: Sequence[str], sums: Sequence[object]) -> None:
+def _check_data(ranks: ProcessRank, names: Sequence[str], sums: Sequence[object]) -> None:
     """Raise InputError on every rank unless all have the same names and checksums of data."""
-    if not broadcasts_same(ranks, [*names, *sums]):
+    if not _are_same(ranks, [*names, *sums]):
         listed = ", ".join(dict.fromkeys(names))
         raise InputError(f"the processes read different data for {listed}; copy the same files to all hosts")
+
+
+def _are_same(ranks: ProcessRank, record: object) -> bool:
+    """Whether all ranks have the same JSON data as rank 0; all must call this."""
+    return not ranks.several or everywhere(ranks, broadcast_record(ranks, record) == record)

@@ -15,12 +15,11 @@ from regrow.core.tasks import Task, first_examples, input_shape
 from regrow.data import MissingError, SourceError
 from regrow.distributed.parallel import Parallel, broadcast_record
 from regrow.evaluation.continual import Matrix
-from regrow.jobs.inputs import check_same_settings
+from regrow.jobs.inputs import check_same_settings, check_same_tasks
 from regrow.jobs.recording import ActiveRun, FolderRecorder, Invocation, Record, RunStart, read_history
 from regrow.jobs.starting import (
     TaskSpecs,
     check_outputs,
-    check_same_tasks,
     describe_tasks,
     load_start_network,
     make_task_schedule,

@@ -9,7 +9,7 @@ from torch import nn
 
 from regrow.core.amounts import Measure, format_bytes, parse_bytes
 from regrow.core.errors import InputError
-from regrow.core.names import GENERATED_TEXT
+from regrow.core.names import GENERATED
 from regrow.core.process_memory import read_resident, return_memory
 from regrow.core.scores import Need
 from regrow.core.sources import Batch, logits_in
@@ -61,9 +61,9 @@ def open_to_prune(settings: Settings, invocation: Invocation) -> tuple[OpenedNet
         plan = replace(plan, decision=broadcast_record(invocation.ranks, plan.streams))
     needs = {
         f"method {settings.method}": bool(pruner.needs & {Need.GRADIENTS, Need.FISHER}) or pruner.runs_network,
+        f"--source {GENERATED}": GENERATED in settings.sources,
         "a target in ms": budget.measure == Measure.TIME,
     }
-    needs |= {f"--source {name}": name in settings.sources for name in GENERATED_TEXT}
     check_memory_plan(opened, plan, needs | list_model_needs(spec, settings.precision, opened), invocation.announce)
     return opened, plan
 
@@ -90,7 +90,8 @@ def open_to_recover(
     size = _count_weight_bytes(small.loaded.model)
     recovering = _predict_recovery_bytes(settings.by, small.loaded.model, window) + work
     besides = size  # the file while it is read
-    if windows := make_source_specs(cut.settings, settings.tokens).generated_windows:
+    if GENERATED in cut.settings.sources:
+        windows = make_source_specs(cut.settings, settings.tokens).generated_windows
         besides = max(size, predict_generation_bytes(dense.loaded.model, windows, window))
     whole = max(recovering, size + besides) + read_resident() + SPARE_BYTES + _count_weight_bytes(dense.loaded.model)
     least = plan.least + work if settings.by in CLOSED_FORM else whole
@@ -154,8 +155,8 @@ def _predict_extra_bytes(settings: Settings, pruner: Pruner, opened: OpenedNetwo
     """
     model, window, count = opened.loaded.model, settings.seq_len, len(settings.sources)
     size, needed = _count_weight_bytes(model), []
-    if windows := make_source_specs(settings).generated_windows:
-        needed.append(size + predict_generation_bytes(model, windows, window))
+    if GENERATED in settings.sources:
+        needed.append(size + predict_generation_bytes(model, make_source_specs(settings).generated_windows, window))
     if Need.GRADIENTS in pruner.needs:
         names = differentiated_names(model, opened.axes, make_budget(settings).units(opened.axes))
         sums = pruner.shards * max(pruner.sources, count)

@@ -34,9 +34,7 @@ from regrow.jobs.models import load_model, trace_loaded
 from regrow.jobs.pruning_inputs import (
     calibrate,
     check_pruning,
-    complete_training_text,
     explain_too_little,
-    find_text_kind,
     make_budget,
     make_model_spec,
     make_pruner,
@@ -143,13 +141,12 @@ def prune_network(
     check_objective(method, (), opened.objective)
     with run.begin(RunStart(identity, network.loaded, network.outside, opened.python_call)) as record:
         network.use_folder(record.path)
-        taught_on = complete_training_text(run, settings, network.loaded, opened.taught_on) if cuts else []
         data = complete_data(run, data, opened.specs, network.loaded)
         record.update(timing=budget.timing.record() if budget.timing else None)
         choice = describe_choice(asked, settings)
         if choice:
             record.update(notes=[*network.loaded.notes, choice, *left_out])
-        opened = replace(opened, settings=settings, axes=axes, data=data, taught_on=taught_on)
+        opened = replace(opened, settings=settings, axes=axes, data=data)
         job = PruneJob(settings, method, budget, opened, run, must_fit=bool(asked.reconstruct), choice=choice)
         plan, notes = job.plan()
         if cuts and (run.ranks.leads or network.loaded.tokenizer is not None):  # rank 0 needs no help with other data
@@ -315,12 +312,8 @@ def open_named(settings: Settings, invocation: Invocation, run: ActiveRun) -> Pr
             network, axes = BlockwiseNetwork(opened, memory), opened.axes
         else:
             network = WholeNetwork(load_model(make_model_spec(settings), invocation.progress, invocation.code))
-            kind = "examples" if settings.sources else "no data"
-            if network.loaded.tokenizer is not None:
-                kind = find_text_kind(network.loaded.tokenizer, settings.seq_len)
-            if kind.startswith("text") and not (
-                settings.method or settings.precision or settings.target.startswith("ms")
-            ):
+            kind = "text" if network.loaded.tokenizer is not None else "examples" if settings.sources else "no data"
+            if kind == "text" and not (settings.method or settings.precision or settings.target.startswith("ms")):
                 settings = replace(settings, precision=choose_precision(network.loaded.model))
             settings = choose_defaults(settings, kind, sum(map(Tensor.numel, network.loaded.model.parameters())))
         specs = make_source_specs(settings)

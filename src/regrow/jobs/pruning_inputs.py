@@ -9,17 +9,15 @@ from torch import nn
 from regrow.core.amounts import Measure, Target
 from regrow.core.axes import Axis, AxisGraph, Mark
 from regrow.core.budget import Budget, Timing
-from regrow.core.names import CHAT, GENERATED, GENERATED_TEXT, names_function
+from regrow.core.names import GENERATED, names_function
 from regrow.core.objectives import Objective
 from regrow.core.progress import Progress, silent
 from regrow.core.scores import Evidence, Need, Statistics
 from regrow.core.sources import Source
-from regrow.data import SourceError
 from regrow.data.batch_streams import join_batches
-from regrow.data.text import find_chat_start
 from regrow.distributed.parallel import broadcast_record
 from regrow.evaluation.timing import time_widths
-from regrow.jobs.inputs import PendingWindows, SourceHalves, SourceSpecs, count_windows, fill_generated, read_sources
+from regrow.jobs.inputs import SourceSpecs, count_windows, read_sources
 from regrow.jobs.measuring import make_timed_input
 from regrow.jobs.models import ModelSpec
 from regrow.jobs.recording import ActiveRun
@@ -168,64 +166,28 @@ def check_pruning(pruner: Pruner, axes: AxisGraph, budget: Budget, sources: Sequ
     check_pruner(pruner, axes, budget)
 
 
-def find_text_kind(tokenizer: Any, seq_len: int) -> str:
-    """Return the kind of a language model, of ``RECOMMENDED``: whether it answers chats that fit into a window."""
-    try:
-        return "text, and chats" if len(find_chat_start(tokenizer)) <= seq_len // 4 else "text"
-    except SourceError:
-        return "text"
-
-
-def _make_training_specs(settings: Settings) -> SourceSpecs:
-    """Return the sources that a cut model is trained on, with as much of each as calibration and training use."""
-    names = tuple(name for name in settings.sources if name != GENERATED)
-    specs = replace(settings, sources=names, unseen=())
-    return make_source_specs(specs, (settings.distil or 0) + settings.tokens * len(names))
-
-
 def read_training_text(settings: Settings, loaded: Loaded, calibration: Sequence[Source]) -> list[Source]:
-    """Return ``settings.distil`` tokens of the sources, over all together, in windows not calibrated on.
-
-    Chats that the model is still to generate are pending: those of calibration and training together. Text of the
-    source ``generated`` is not used.
-    """
-    specs = _make_training_specs(settings)
-    used = [source for source in calibration if source.name not in GENERATED_TEXT]
+    """Return ``settings.distil`` tokens of the written sources, over all together, in windows not calibrated on."""
+    written = tuple(name for name in settings.sources if name != GENERATED)
+    if not written:
+        return []
+    tokens = settings.distil or 0
+    total = tokens + settings.tokens * len(written)
+    whole = read_sources(make_source_specs(replace(settings, sources=written), total), loaded).calibration
+    used = [source for source in calibration if source.name != GENERATED]
     # On text that layers were fitted on, the network is too good for training to be judged, and learns less.
     known = {batch.args[0].numpy().tobytes() for source in used for batch in source}
-    n = count_windows((settings.distil or 0) // max(1, len(specs.sources)), settings.seq_len)
-    taught_on = []
-    for source in read_sources(specs, loaded).calibration if specs.sources else ():
-        if not isinstance(source.batches, PendingWindows):
-            batches = [batch for batch in source if batch.args[0].numpy().tobytes() not in known][:n]
-            source = join_batches(replace(source, batches=batches), 2)  # two run faster than one
-        taught_on.append(source)
-    return taught_on
-
-
-def complete_training_text(
-    run: ActiveRun, settings: Settings, loaded: Loaded, taught_on: Sequence[Source]
-) -> list[Source]:
-    """Return the text to train on; pending chats are generated, with those of calibration, which are left out here."""
-    folder = run.record.path if run.record.is_kept else None
-    halves = SourceHalves(tuple(taught_on), ())
-    if not halves.has_pending_text:
-        return [*taught_on]
-    with run.stage("generate"):
-        whole = fill_generated(halves, _make_training_specs(settings), loaded, folder, run=run).calibration
-    first = count_windows(settings.tokens, settings.seq_len)
-    return [
-        join_batches(replace(source, batches=source.batches[first:]), 2) if source.name == CHAT else source
-        for source in whole
-    ]
+    n = count_windows(tokens // len(written), settings.seq_len)
+    new = [[batch for batch in source if batch.args[0].numpy().tobytes() not in known][:n] for source in whole]
+    pairs = zip(whole, new, strict=True)
+    return [join_batches(replace(source, batches=batches), 2) for source, batches in pairs]  # two run faster than one
 
 
 def explain_too_little(sources: Sequence[Source]) -> str:
     """Return why a cut network cannot be trained on sources, for lack of text or labels; empty: it can."""
     if not sources:
         return "no source has written text"
-    read = [source for source in sources if not isinstance(source.batches, PendingWindows)]
-    few = next((source for source in read if len(source) < 2 or source.batches[0].labels is None), None)
+    few = next((source for source in sources if len(source) < 2 or source.batches[0].labels is None), None)
     return f"source {few.name!r} has too little text with labels" if few else ""
 
 

@@ -21,7 +21,7 @@ from regrow.distributed.parallel import Parallel
 from regrow.evaluation import dense
 from regrow.evaluation.continual import mean_score
 from regrow.evaluation.timing import fastest_pass
-from regrow.jobs.inputs import check_same_settings
+from regrow.jobs.inputs import check_same_settings, check_same_tasks
 from regrow.jobs.recording import ActiveRun, Invocation, Record, RunStart, read_history
 from regrow.jobs.search_inputs import (
     SearchData,
@@ -34,7 +34,7 @@ from regrow.jobs.search_inputs import (
     trace_examples,
 )
 from regrow.jobs.spaces import MemoryWatch, build_space, extract_network
-from regrow.jobs.starting import check_same_tasks, find_space_start
+from regrow.jobs.starting import find_space_start
 from regrow.methods.search import Search
 from regrow.methods.search.retrain import RetrainState, build
 from regrow.methods.search.space import SearchState, measure_unmasked

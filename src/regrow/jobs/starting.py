@@ -10,19 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from regrow import store
 from regrow.core.errors import InputError
 from regrow.core.names import names_function
 from regrow.core.objectives import Objective
 from regrow.core.sources import logits_in
-from regrow.core.tasks import Task, first_examples, first_tensor, input_shape, run_network
+from regrow.core.tasks import Task, first_examples, input_shape, run_network
 from regrow.data import Half, MissingError, SourceError, streams, text, windows
 from regrow.data.datasets import LoadedExamples, batch_to_examples, join_examples
-from regrow.distributed import ProcessRank
-from regrow.distributed.parallel import checksum
-from regrow.jobs.inputs import check_data, check_weights
 from regrow.jobs.models import ModelSpec, find_input_shape, load_model
 from regrow.jobs.recording import Invocation
 from regrow.methods import MethodEntry
@@ -39,8 +35,6 @@ if TYPE_CHECKING:
 
 # The largest number of values in an example, and of classes, that ``run.json`` may claim.
 MOST_INPUTS, MOST_CLASSES = 2**24, 2**20
-# How many examples of each part of a task are compared between ranks.
-COMPARED_EXAMPLES = 256
 
 
 @dataclass(frozen=True)
@@ -218,12 +212,3 @@ def make_task_schedule(settings: object, objective: Objective) -> TaskSchedule:
     """Return a schedule of the objective, whose other fields are the attributes of the same names of ``settings``."""
     names = [field.name for field in fields(TaskSchedule) if hasattr(settings, field.name)]
     return TaskSchedule(**{name: getattr(settings, name) for name in names}, objective=objective)
-
-
-def check_same_tasks(ranks: ProcessRank, model: nn.Module, tasks: Sequence[Task]) -> None:
-    """Raise InputError on every rank unless all have the same weights, and tasks that start with the same examples."""
-    if ranks.several:
-        check_weights(ranks, [model])
-        parts = (first_examples(part, COMPARED_EXAMPLES) for task in tasks for part in (task.train, task.test))
-        sums = [[checksum(first_tensor(part.inputs)), checksum(part.labels)] for part in parts]
-        check_data(ranks, [task.name for task in tasks], sums)

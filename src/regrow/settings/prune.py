@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from regrow.core.amounts import Target
 from regrow.core.errors import InputError
-from regrow.core.names import CHAT, DOMAINS, GENERATED
+from regrow.core.names import DOMAINS, GENERATED
 from regrow.settings import shared
 from regrow.settings.constraints import OPEN_UNIT, Range
 from regrow.settings.declaration import MAX_COUNT, SEED, Setting, list_declared
@@ -33,18 +33,16 @@ def make_reconstruction_settings(sources: Collection[str]) -> dict[str, object]:
     }
 
 
-_TEXT = {
-    "method": "flap",
-    "method_settings": {"allocation": "measured"},
-    "sources": DOMAINS,
-    "round_to": 32,
-    "reconstruct": True,
-    "batch_size": 4,
-}
 # Kind of model and data → what is chosen for it where no method is named.
 RECOMMENDED: Mapping[str, Mapping[str, Any]] = {
-    "text": _TEXT,
-    "text, and chats": {**_TEXT, "sources": (*DOMAINS, CHAT)},
+    "text": {
+        "method": "flap",
+        "method_settings": {"allocation": "measured"},
+        "sources": DOMAINS,
+        "round_to": 32,
+        "reconstruct": True,
+        "batch_size": 4,
+    },
     "text, in parts": {"method": "flap", "sources": DOMAINS, "round_to": 32},
     "examples": {"method": "fisher", "reconstruct": True},
     "examples without labels": {"method": "flap", "reconstruct": True},
@@ -55,7 +53,7 @@ RECOMMENDED: Mapping[str, Mapping[str, Any]] = {
 # Settings of the recovery ``distil`` after a cut.
 DISTILLATION = {"passes": 1, "windows": 2, "checks": 1, "held_out": 1 / 16}
 # ``--time`` → tokens of text on which a cut language model is trained.
-DISTILLED_TOKENS = {"quick": 0, "minutes": 5 * 2**12, "hour": 2**18, "night": 2**21}
+DISTILLED_TOKENS = {"quick": 0, "minutes": 2**14, "hour": 2**18, "night": 2**21}
 # Without ``--method`` and ``--time``, larger language models are not trained: it takes six times their memory.
 MOST_TRAINED = 300_000_000
 
@@ -95,8 +93,8 @@ class Settings:
         group=AMOUNT,
     )] = False
     sources: Annotated[tuple[str, ...], Setting(
-        "Text to calibrate and measure on: news, code, manual, talk, generated or chat (by the model), or NAME=PATH; "
-        "for image models digits or NAME=FOLDER. Repeatable.",
+        "Text to calibrate and measure on: news, code, manual, talk, generated (by the model), or NAME=PATH; for image "
+        "models digits or NAME=FOLDER. Repeatable.",
         option="--source", metavar="NAME[=PATH]", group=DATA, common=True, source=True,
     )] = ()
     unseen: Annotated[tuple[str, ...], Setting(
@@ -154,7 +152,7 @@ class Settings:
         group=AFTER,
     )] = None
     time: Annotated[str, Setting(
-        "How much work goes into the result, in fixed amounts: a cut language model is trained on 0, 20480, 262144 or "
+        "How much work goes into the result, in fixed amounts: a cut language model is trained on 0, 16384, 262144 or "
         "2097152 tokens.",
         group=AFTER, common=True, choices=tuple(DISTILLED_TOKENS),
     )] = "minutes"
@@ -196,7 +194,7 @@ def choose_defaults(settings: Settings, kind: str, parameters: int = 0) -> Setti
     chosen, option = {} if settings.method else RECOMMENDED[kind], explain_training(settings)
     if option and not kind.startswith("text"):
         raise InputError(f"{option} trains language models; leave it out, and train after the cut, as by --finetune")
-    trains = option or (chosen and kind in ("text", "text, and chats") and parameters <= MOST_TRAINED)
+    trains = option or (chosen and kind == "text" and parameters <= MOST_TRAINED)
     tokens = DISTILLED_TOKENS[settings.time] if trains else 0
     defaults = {"round_to": 1, "reconstruct": False, "precision": "float32", "distil": tokens or None, **chosen}
     left_open = {name: value for name, value in defaults.items() if getattr(settings, name) in (None, "", (), {})}
