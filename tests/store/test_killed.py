@@ -219,7 +219,9 @@ def test_an_export_that_was_killed_can_be_made_again(here):
 def test_two_runs_in_one_folder(here):
     settings = Settings("toys:classifier", method="magnitude", sources=("digits",), tokens=64, eval_tokens=32)
 
-    def second(*_):
+    def second(_done, _total, what):
+        if what.startswith(("loading", "tracing", "timing", "preparing")):  # nothing is written before
+            return
         with pytest.raises(ValueError, match="being written by another process"):
             prune_named(settings, Invocation("run"))
 
