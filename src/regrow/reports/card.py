@@ -35,6 +35,8 @@ def write_card(folder: Path, source: str, name: str) -> None:
     ``source``: the run folder or the model that was exported; empty: a network in memory, whose origin is ``name``.
     Raises ReportError if the record of a run is damaged.
     """
+    from regrow.nets.packaged import PACKAGED
+
     runs = [run for path in _find_runs(Path(source)) for run in read_runs([path])] if source else []
     name = str(runs[0].file.settings.get("model") or runs[0].model) if runs else source or name
     parent = runs[0].file.parent if runs else None  # has files or a digest of weights if it was a folder
@@ -55,14 +57,15 @@ def write_card(folder: Path, source: str, name: str) -> None:
         "license_link": files[0].name if files and not licence else "",
         "tags": ["regrow", *tags],
     }
+    start = f" It starts from {PACKAGED[name].note}." if name in PACKAGED else ""
     head = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in known.items() if value]  # it is YAML
     parts = [
         "\n".join(["---", *head, "---"]),
         f"# {', '.join([_cell(Path(name).name), *tags])}",
-        f"Made {f'from {base} ' if base else ''}with [regrow](https://github.com/regrow-ml/regrow).",
+        f"Made {f'from {base} ' if base else ''}with [regrow](https://github.com/regrow-ml/regrow).{start}",
         *map(_describe, runs),
         f"## How to load it\n\n```python\n{load}\n```",
-        "## Provenance\n\n`shapes.json` has the digest of every tensor. Plans are in the run folders.\n",
+        "## Provenance\n\n`shapes.json` has the digest of every tensor.\n",
     ]
     write_text(folder / "README.md", "\n\n".join(parts))
 
@@ -98,7 +101,10 @@ def _read_usage(folder: Path) -> tuple[str, str, str]:
     load = (
         f'model = {name}.from_pretrained("FOLDER"{", trust_remote_code=True" * bool(code)})  # or USER/NAME on the hub'
     )
-    return "transformers", name, f"from transformers import {name}\n\n{load}"
+    if not (folder / "tokenizer_config.json").is_file():
+        return "transformers", name, f"from transformers import {name}\n\n{load}"
+    load += '\ntokenizer = AutoTokenizer.from_pretrained("FOLDER")'
+    return "transformers", name, f"from transformers import {name}, AutoTokenizer\n\n{load}"
 
 
 def _describe(run: Run) -> str:
