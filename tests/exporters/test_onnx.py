@@ -277,3 +277,12 @@ def test_what_cannot_be_written_is_refused_and_the_old_file_stays(
     with pytest.raises(ExportError, match="away from torch"):
         write(nn.Linear(3, 2), path)
     assert path.read_text() == "old" and left(tmp_path) == ["net.onnx"]
+
+
+def test_a_guessed_input_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    net = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    write(net, tmp_path / "net.onnx")
+    assert "example input: 1x1x224x224 (guessed; set it with" in caplog.text
+    caplog.clear()
+    write(net, tmp_path / "net.onnx", example=Example((torch.zeros(1, 1, 8, 8),)))
+    assert "guessed" not in caplog.text

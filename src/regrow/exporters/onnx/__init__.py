@@ -84,9 +84,10 @@ def write(
     target = check_output(out, (".onnx",))
     net, notes = _to_float32(model)
     tokenizer = getattr(model, "tokenizer", None)
+    example = _choose_example(net, example)
     with explain_os_errors(target), stage_folder(target) as stage, _quiet(), evaluating(net):
         progress(0, total_steps, "recording the network")
-        call = describe_call(net, _choose_example(net, example))
+        call = describe_call(net, example)
         path = stage / "float32" / unused_name(target)
         file = _export_and_compare(call, path, progress, total_steps)
         checked = {"opset": OPSET, "dtype": dtype, **file.results}
