@@ -76,7 +76,7 @@ def test_the_real_model_loads_with_tokenizer_and_says_it_was_quantised(smol: Loa
     assert not smol.model.training
     assert smol.example.args[0].shape == (1, 16)
     assert smol.example.kwargs == {"use_cache": False}
-    assert "4-bit" in smol.notes[0]
+    assert "4 bits" in smol.notes[0]
     tokens = torch.tensor([smol.tokenizer("The capital of France is")["input_ids"]])
     assert smol.tokenizer.decode(outputs(smol.model, Example((tokens,)))[0, -1].argmax()) == " Paris"
 
