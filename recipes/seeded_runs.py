@@ -181,7 +181,8 @@ def digest(path: Path) -> dict[str, str]:
     kinds: dict[str, list[object]] = {}
     if (path / "metrics.jsonl").is_file():
         for row in map(json.loads, (path / "metrics.jsonl").read_text().splitlines()):
-            kinds.setdefault(row["what"], []).append(without_times(row))
+            if row["what"] != "latency":
+                kinds.setdefault(row["what"], []).append(without_times(row))
     digests["rows"] = " ".join(f"{kind}:{short(rows)[:8]}" for kind, rows in sorted(kinds.items()))
     return digests
 
