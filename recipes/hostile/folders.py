@@ -180,8 +180,8 @@ def make_honest(out: Path) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from regrow import Plan, apply, load, trace
-    from regrow.exporters import gguf, torchvision
+    from regrow import Plan, apply, export, load, trace
+    from regrow.exporters import gguf
     from regrow.nets import load as load_by_name
     from regrow.store import save
 
@@ -204,7 +204,7 @@ def make_honest(out: Path) -> None:
     apply(loaded.model, axes, Plan.keeping(axes, {key: range(7)}))
     save(loaded, out / "saved")
     net = load_by_name("shufflenet_v2_x0_5")
-    torchvision.write(load(save(net, out / "vision")), out / "exported")
+    export(load(save(net, out / "vision")), out / "exported", format="torchvision")
 
 
 def tamper(name: str, honest: Path, place: Path, seed: int) -> Path:

@@ -160,3 +160,16 @@ def test_text_of_a_run_adds_no_table_and_no_metadata(runs, tmp_path):
     write_card(tmp_path, str(tmp_path / "run"), "")
     card = read(tmp_path)
     assert card.data.license is None and "<script" not in card.content
+
+
+def test_a_link_named_like_a_licence_is_not_followed(runs, tmp_path):
+    """The folder may be anyone's, and its export is uploaded: a link could lead to a private file."""
+    secret = tmp_path / "secret"
+    secret.write_text("a key")
+    model = tmp_path / "model"
+    transformers.ViTForImageClassification(transformers.ViTConfig(**SIZES, num_labels=5)).save_pretrained(model)
+    (model / "LICENSE").symlink_to(secret)
+    (model / "NOTICE.py").write_text("raise SystemExit")
+    regrow.export(model, tmp_path / "out", format="transformers")
+    assert not {"LICENSE", "NOTICE.py"} & {path.name for path in (tmp_path / "out").iterdir()}
+    assert "license" not in read(tmp_path / "out").data.to_dict()

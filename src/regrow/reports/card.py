@@ -24,7 +24,7 @@ _TASKS = {
     r"r3d|mc3|r2plus1d|s3d|mvit|swin3d": "video-classification",
     r".*ForImageClassification|(?!raft)[a-z]": "image-classification",
 }
-_LICENCE = re.compile(r"(LICEN[CS]E|COPYING|NOTICE|\w*TERMS)\b[^/]*", re.IGNORECASE)
+_LICENCE = re.compile(r"(LICEN[CS]E|COPYING|NOTICE|\w*TERMS)\b[^./]*(\.(txt|md|rst|html))?", re.IGNORECASE)
 # Command → what its network is called
 _CHANGED = {"prune": "pruned", "grow": "grown", "learn": "grown", "search": "searched"}
 
@@ -82,7 +82,8 @@ def _find_base(name: str, *, is_local: bool, on_hub: bool) -> tuple[str, str, li
     """
     from regrow.nets.packaged import PACKAGED
 
-    files = [*Path(name).iterdir()] if is_local and Path(name).is_dir() else []
+    # A link could lead to any file of the user's, who then uploads the folder.
+    files = [file for file in Path(name).glob("*") if not file.is_symlink()] if is_local else []
     base, licence = name if on_hub and not is_local and re.fullmatch(HUB, name) else "", ""
     if packaged := PACKAGED.get(name):
         installed = metadata.distributions(name=packaged.distribution)
