@@ -148,7 +148,7 @@ def prepare(run: Callable[[list[str]], int]) -> int:
                 path.write_bytes(gzip.compress(data) if packed else data)
     for words in (
         f"prune toys:classifier --method wanda_sp --keep 0.7 {DIGITS} --out run",
-        f"prune {TOY} --method flap --keep 0.7 --dry-run plan.json",
+        f"prune {TOY} --method flap --keep 0.7 {DIGITS} --dry-run plan.json",
         f"{LEARN} --classes 10 --out learned",
         "export llama --to gguf --out m.gguf",
     ):

@@ -94,7 +94,10 @@ def test_the_next_command_follows_from_the_run(folder):
         edit(folder / "run.json", lambda run: run.update(change))
         return next_command(read_runs([folder])[0])
 
+    assert said() == "regrow recover run --by distil --out run-recovered"
+    (folder / "tokenizer_config.json").write_text("{}")  # fewer tokens were not seen to mend answers
     assert said() == "regrow recover run --by distil --tokens 262144 --out run-recovered"
+    (folder / "tokenizer_config.json").unlink()
     assert said(sources=[]) == "regrow export run --to onnx --out run.onnx"
     (folder / "tokenizer_config.json").write_text("{}")
     assert said() == "regrow chat run"

@@ -263,7 +263,8 @@ def next_command(run: Run, folder: str = "") -> str:
     if verb == "learn":
         return f"regrow learn --resume {name} --task TASK"
     if verb == "prune" and run.file.sources:
-        return f"regrow recover {name} --by distil --tokens 262144{code} --out {shlex.quote(f'{place}-recovered')}"
+        tokens = " --tokens 262144" if run.is_text else ""
+        return f"regrow recover {name} --by distil{tokens}{code} --out {shlex.quote(f'{place}-recovered')}"
     if run.is_text:
         return f"regrow chat {name}"
     return f"regrow export {name} --to onnx{code} --out {shlex.quote(f'{place}.onnx')}"
