@@ -1,6 +1,7 @@
 """What is chosen where no method is named: the run says so, and a named method is left as it is."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ def test_a_language_model_gets_the_recommended_method_text_and_repair(regrow: Ru
     assert chosen == json.loads(json.dumps(RECOMMENDED["text"]))
     assert run["asked"]["method"] == "" and run["settings"]["precision"] in ("float32", "bfloat16")
     assert "note: chosen: --method flap --set allocation=measured" in " ".join(out.split())
+    assert re.search(r"--distil 16384.* about \d+ min left", err)
     assert run["settings"]["distil"] == 2**14 and "--distil 16384" in out
     code, _, err = regrow("prune", model, "--keep", "0.8", *SMALL, "--out", "run")
     assert code == 2 and "holds this very run, finished" in err

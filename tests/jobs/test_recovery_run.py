@@ -93,6 +93,9 @@ def test_what_cannot_be_recovered_is_said(pruned, tmp_path):
     other = RunFolder.create(tmp_path / "other", verb="learn", settings={}).finish()
     with pytest.raises(StoreError, match=r"nothing was cut\); give the folder of a pruning run"):
         recovery_run.recover_named(recover.Settings(str(other.path), "refit"), Invocation(tmp_path / "out"))
+    few = recover.Settings(str(pruned), "refit", tokens=32)
+    with pytest.raises(ValueError, match="has 1 batches; one is held out"):
+        recovery_run.recover_named(few, Invocation(tmp_path / "out", code="toys:classifier"))
     half = RunFolder.create(tmp_path / "half", verb="prune", settings={"model": "m"}, command="regrow prune m")
     with pytest.raises(StoreError, match="not finished; resume it first: regrow prune m"):
         recovery_run.recover_named(recover.Settings(str(half.out), "refit"), Invocation(tmp_path / "out"))

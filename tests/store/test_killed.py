@@ -13,7 +13,7 @@ from torch import nn
 from regrow import export, load
 from regrow.cli import run_command
 from regrow.jobs.prune import Settings, prune_named
-from regrow.jobs.recording import Invocation
+from regrow.jobs.recording import ActiveRun, FolderRecorder, Invocation, RunStart
 from regrow.store import save
 from regrow.store.errors import explain_os_errors
 from regrow.store.run_folder import RunFolder
@@ -226,3 +226,14 @@ def test_two_runs_in_one_folder(here):
             prune_named(settings, Invocation("run"))
 
     assert prune_named(settings, Invocation("run", progress=second)).read_record()["finished"]
+
+
+def test_an_error_before_the_first_measurement_leaves_nothing(tmp_path):
+    for name, is_kept in (("run.json", False), ("statistics/sums.safetensors", True)):
+        run = ActiveRun(FolderRecorder(tmp_path / "out", "m", "regrow prune m"))
+        start = RunStart({"verb": "prune", "settings": {"data": name}, "defaults": {}}, None)
+        with pytest.raises(IndexError), run.begin(start) as folder:
+            (folder.path / name).parent.mkdir(exist_ok=True)
+            (folder.path / name).touch()
+            raise IndexError
+        assert (tmp_path / "out" / ".work" / name).exists() == is_kept == (tmp_path / "out").exists()

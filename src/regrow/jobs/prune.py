@@ -1,6 +1,7 @@
 """Prune a network, whether named on the command line or given in Python, whole or block by block, on every rank."""
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -53,6 +54,8 @@ from regrow.nets.devices import autocasting, check_precision, choose_precision
 from regrow.settings.declaration import check_settings
 from regrow.settings.prune import (
     DISTILLATION,
+    REST_SECONDS,
+    TRAINING_SECONDS,
     Settings,
     choose_defaults,
     describe_choice,
@@ -149,6 +152,9 @@ def prune_network(
         opened = replace(opened, settings=settings, axes=axes, data=data)
         job = PruneJob(settings, method, budget, opened, run, must_fit=bool(asked.reconstruct), choice=choice)
         plan, notes = job.plan()
+        is_text = settings.reconstruct and network.loaded.tokenizer is not None
+        if cuts and choice and is_text and "calibrate" not in recorded.get("seconds", ()):
+            job.announce_minutes_left()
         if cuts and (run.ranks.leads or network.loaded.tokenizer is not None):  # rank 0 needs no help with other data
             notes += job.cut(plan)
         if opened.memory:
@@ -205,6 +211,14 @@ class PruneJob:
         plan = replace(cut.plan, origin={**cut.plan.origin, "chosen": self.choice}) if self.choice else cut.plan
         broadcast_record(run.ranks, plan.to_json())
         return plan, evidence.notes
+
+    def announce_minutes_left(self) -> None:
+        """Announce what was chosen, and how long the rest of the run will take, as its calibration took so long."""
+        halves, taught_on = self.inputs.data, self.inputs.taught_on
+        calibrated, trained = (sum(source.tokens for source in data) for data in (halves.calibration, taught_on))
+        ratio = REST_SECONDS + TRAINING_SECONDS * trained / calibrated
+        minutes = self.run.seconds["calibrate"] * ratio / 60
+        logging.getLogger("regrow").info("%s; about %.0f min left", self.choice, max(1, minutes))
 
     def cut(self, plan: Plan) -> tuple[str, ...]:
         """Apply a plan to the network, reconstruct and train as settings say, save and measure it; return notes."""

@@ -102,7 +102,8 @@ class FolderRecorder:
     def begin(self, start: RunStart) -> Iterator[Record]:
         """Context manager: make or resume the run's folder, copy the model that it starts from, and yield the folder.
 
-        Raises StoreError if the folder holds another run, or that of a call with other data, loss or weights.
+        After an error before anything was measured, the files of a new run are deleted. Raises StoreError if the folder
+        holds another run, or that of a call with other data, loss or weights.
         """
         loaded = start.loaded
         with RunFolder.create(self.out, **start.identity, command=self.command) as folder:
@@ -115,10 +116,14 @@ class FolderRecorder:
                     f"{self.out} holds another run: {difference}; give what the interrupted call had (a network of the "
                     "same seed, loaders with shuffle=False), or choose another folder"
                 )
-            if loaded is not None:
-                record_parent(folder, self.model, loaded, undo=self.undo, outside=start.outside)
-                folder.update(notes=list(loaded.notes), **describe_input(loaded))
-            yield folder
+            try:
+                if loaded is not None:
+                    record_parent(folder, self.model, loaded, undo=self.undo, outside=start.outside)
+                    folder.update(notes=list(loaded.notes), **describe_input(loaded))
+                yield folder
+            except Exception:
+                folder.discard_unmeasured()
+                raise
 
     def finish(self, record: Record, seconds: Mapping[str, float]) -> RunFolder:
         """Complete ``run.json``, write the page, and move all to the final folder, which is returned.

@@ -32,7 +32,7 @@ from regrow.jobs.recording import ActiveRun, Invocation, Record, RunStart
 from regrow.jobs.recovery_steps import LastCut, find_last_cut, recover
 from regrow.jobs.run_networks import StreamedRecovery
 from regrow.methods import MethodKind, find_method
-from regrow.methods.recovery import RecoveryTask
+from regrow.methods.recovery import RecoveryTask, check_divisible
 from regrow.nets import Loaded
 from regrow.nets.devices import check_precision, choose_device
 from regrow.settings.declaration import check_settings
@@ -83,6 +83,7 @@ def recover_network(
         precision = settings.precision or opened.evaluation_precision
         check_precision(loaded.model, precision)
         opened.plan.check(opened.axes)
+        check_divisible(opened.data.calibration)
     check_same_inputs(run.ranks, [] if streamed else [dense.model, loaded.model], opened.data)
     with run.begin(RunStart(identity, loaded, python_call=opened.python_call)) as record:
         weights = streamed.dense.weights.sums() if streamed and opened.data.has_pending_text else None

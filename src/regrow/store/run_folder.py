@@ -5,8 +5,9 @@ for a result. At the end, the complete new folder replaces the old one, which ma
 """
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
@@ -167,6 +168,15 @@ class RunFolder:
         if self.owner:
             self.owner.release()
         return RunFolder(self.out)
+
+    def discard_unmeasured(self) -> None:
+        """Delete the files of a run that this process began, unless it has measured, learned or generated something."""
+        begun = {run_record.RUN, run_record.BEFORE, "ledger.json"}  # what a run is begun with
+        files = (path.relative_to(self.path).parts[0] for path in self.path.rglob("*") if path.is_file())
+        if not self.resumed and {*files} <= begun:
+            shutil.rmtree(self.path, ignore_errors=True)
+            with suppress(OSError):  # of an earlier result, or another process
+                (self.out or self.path).rmdir()
 
     @property
     def ledger(self) -> Ledger:

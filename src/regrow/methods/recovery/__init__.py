@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from regrow.core.axes import AxisGraph
+from regrow.core.errors import InputError
 from regrow.core.objectives import Objective, choose_objective
 from regrow.core.plan import Plan
 from regrow.core.process_memory import keep_memory
@@ -132,16 +133,21 @@ class RecoveryTask:
     def split_sources(self, share: float) -> tuple[list[list[Batch]], list[Batch]]:
         """Return (the training batches of each source, the held-out batches of all); ``share``: the fraction held out.
 
-        Raise ValueError without a source, or if one has a single batch.
+        Raise InputError as :func:`check_divisible` does.
         """
-        if not self.sources:
-            raise ValueError("recovery learns from text or images; give at least one source, like --source news")
-        if few := next((source for source in self.sources if len(source) < 2), None):
-            raise ValueError(
-                f"source {few.name!r} has {len(few)} batches; one is held out, so give at least two (more tokens)"
-            )
+        check_divisible(self.sources)
         halves = [source.held_out(share) for source in self.sources]
         return [fit for fit, _ in halves], [batch for _, held in halves for batch in held]
+
+
+def check_divisible(sources: Sequence[Source]) -> None:
+    """Raise InputError without a source, or if one has a single batch, of which no part can be held out."""
+    if not sources:
+        raise InputError("recovery learns from text or images; give at least one source, like --source news")
+    if few := next((source for source in sources if len(source) < 2), None):
+        raise InputError(
+            f"source {few.name!r} has {len(few)} batches; one is held out, so give at least two (more tokens)"
+        )
 
 
 # Changes a task's network in place, and returns a summary as JSON data.
