@@ -165,9 +165,10 @@ def _open_inputs(
     learner = build_learner(config.method, config.method_settings, config.seed)
     batch = first_batch(tasks[0])
     objective = find_objective(net.model, call.loss, batch)
-    classes = [number for task in tasks for number in task.classes]
-    if objective is CLASSIFICATION and classes:  # the network needs an output for the last class, too
-        find_objective(net.model, call.loss, replace(batch, labels=torch.full((batch.size,), max(classes))))
+    if objective is CLASSIFICATION and (classified := [task for task in tasks if task.classes]):
+        last = max(classified, key=lambda task: max(task.classes))  # the network needs an output for its classes, too
+        labels = torch.full((batch.size,), max(last.classes))
+        find_objective(net.model, call.loss, replace(batch, labels=labels, where=f"source {last.name!r}"))
     schedule = with_optimizer(make_task_schedule(config, objective), optimizer)
     inputs = net.with_example(batch) if call.example is None else net
     arguments = {"optimizer": describe_argument(optimizer)}
