@@ -19,8 +19,8 @@ Examples
     --source generated --reconstruct --out RUN
   regrow prune ./my-llama --target bytes=200M --regular --round 64 --source mail=letters/ --out RUN
   regrow prune resnet18 --method magnitude --keep 0.7 --source photos=images/ --finetune 2 --out RUN
-  regrow prune ./llama-8b --memory 6GiB --source mail=letters/ --out RUN        read one block at a time
-  torchrun --no-python --nproc-per-node 2 regrow prune ./my-llama --source mail=letters/ --out RUN
+  regrow prune ./llama-8b --smaller 20% --memory 6GiB --source mail=letters/ --out RUN    read one block at a time
+  torchrun --no-python --nproc-per-node 2 regrow prune ./my-llama --smaller 20% --source mail=letters/ --out RUN
 """
 RECOVER_EPILOG = """\b
 Examples

@@ -1,5 +1,6 @@
 """Where a run is recorded: in a folder that can be resumed, or nowhere."""
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -116,6 +117,8 @@ class FolderRecorder:
                     f"{self.out} holds another run: {difference}; give what the interrupted call had (a network of the "
                     "same seed, loaders with shuffle=False), or choose another folder"
                 )
+            if folder.resumed:
+                logging.getLogger("regrow").info("resuming the run in %s", self.out)
             try:
                 if loaded is not None:
                     record_parent(folder, self.model, loaded, undo=self.undo, outside=start.outside)

@@ -103,6 +103,9 @@ def _summarise_change(run: Run) -> Summary:
             ratios += [f"{ratio} on {text}"] if ratio else []
     if ratios:
         sentence += f": perplexity is {' and '.join(ratios)}"
+    lines = _describe_training(run)
+    if len(ratios) == 1 and any(row.seen for row in run.quality):
+        lines.append("Other text loses more than the sources of the run: measure some with --unseen.")
     if tasks := [row for row in run.quality if row.seen is None and row.lost is not None]:
         first, last = q.mean([row.value("before") for row in tasks]), q.mean([row.after for row in tasks])
         remark = f"mean of {len(tasks)} tasks" if len(tasks) > 1 else tasks[0].name
@@ -118,7 +121,7 @@ def _summarise_change(run: Run) -> Summary:
     alarms = [describe_proof(run)] if is_broken(run) else []
     alarms += ["Its quality is much worse than before: train it, or cut less."] if is_poor else []
     size = after.params_all if after else None
-    return Summary(f"{sentence}.", figures, _describe_training(run), size, quality, alarms)
+    return Summary(f"{sentence}.", figures, lines, size, quality, alarms)
 
 
 def _tabulate_times(run: Run) -> list[SummaryRow]:
@@ -314,6 +317,8 @@ def describe_proof(run: Run) -> str:
         for row in rows[-8:]
     ]
     verdict = "Do not use it: its outputs differ from" if is_broken(run) else "Its outputs equal"
+    if verdict[0] == "I" and _describe_training(run):
+        verdict = "Right after the cut, its outputs equal"
     return f"{verdict} those of {reference}. Largest difference: {'; '.join(figures)}."
 
 

@@ -57,7 +57,7 @@ DISTILLED_TOKENS = {"quick": 0, "minutes": 2**14, "hour": 2**18, "night": 2**21}
 # Seconds that the rest of a default run of a language model takes, per second of its calibration on two idle CPU cores:
 # evaluating, reconstructing and saving together; and training, if it has as many tokens as calibration.
 REST_SECONDS, TRAINING_SECONDS = 4.3, 5.5
-# Without ``--method`` and ``--time``, larger language models are not trained: it takes six times their memory.
+# Without ``--method`` and ``--time``, larger language models are not trained: it takes about nine times their memory.
 MOST_TRAINED = 300_000_000
 
 

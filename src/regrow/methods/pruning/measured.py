@@ -107,11 +107,10 @@ def _compare_losses(task: PruningTask, kept: Mapping[str, Kept], compensate: boo
     """
     masks = {name: make_gates(task.axes, units) for name, units in kept.items()}
     fills = constant_inputs(task.model, task.evidence.pooled(gradients=False).moments) if compensate else {}
-    sums, counted_labels, all_labels = dict.fromkeys(masks, 0.0), 0, 0
-    sources = list(task.evidence.data.values())
-    for batch in (batch for source in sources for batch in _first_labelled(source)):
-        task.context.progress(all_labels, max(all_labels + 1, LABELS * len(sources)), "comparing allocations")
-        all_labels += batch.size
+    sums, counted_labels = dict.fromkeys(masks, 0.0), 0
+    batches = [batch for source in task.evidence.data.values() for batch in _first_labelled(source)]
+    for i, batch in enumerate(batches):
+        task.context.progress(i, len(batches), "comparing allocations")
         objective, moved = task.objective or choose_objective(None, batch), batch.to(device_of(task.model))
         row = {}  # name of an allocation → its loss on the batch
         for name, gates in masks.items():
