@@ -12,7 +12,8 @@ and after the least squares of ``--reconstruct``. ``--keep`` counts the weights 
 Arms cut the same fraction of the MLP neurons of every block but the first eighth and last sixteenth, except: ``gprune``
 and ``default`` (what ``regrow prune`` does without ``--method``, without rounding) choose among all units.
 ``leverage`` ranks neurons by their ridge leverage scores, as MoDeGPT does for MLPs; with the fit it is Nyström's.
-``sliced`` and ``sliced_normalised`` are SliceGPT at as many stored weights (``slicing.py``), which has no other fit.
+``gprune, …`` are its components, one by one, on MLP neurons of the same blocks, without the fit. ``sliced`` and
+``sliced_normalised`` are SliceGPT at as many stored weights (``slicing.py``), which has no other fit.
 
 Weights are float32, passes bfloat16 where the processor computes in it. ``--texts`` is the folder of ``corpora.py``. A
 row is written per cut; what is there is not computed again. Differences are paired by domain; ± is the standard error
@@ -69,6 +70,7 @@ class Arm:
     settings: Mapping[str, Any] = field(default_factory=dict)
     only: tuple[str, ...] = ("mlp",)
     inner: bool = True  # whether the first and last blocks stay whole
+    fits: bool = True  # whether it is also measured with the fit
 
 
 UNIFORM = {"allocation": "uniform"}
@@ -82,8 +84,21 @@ ARMS = {
     "sliced": Arm("sliced"),
     "sliced_normalised": Arm("sliced", {"normalised": True}),
     "default": Arm("flap", {"allocation": "measured"}, (), False),
-    "gprune": Arm("gprune", {"switch": "unreliable"}, (), False),
+    "gprune": Arm("gprune", {}, (), False),
 }
+UNLEARNED = {"steps": 0, "start": "inner"}
+STAGES = {
+    "gprune, no stage": {**UNLEARNED, "partition": "layer", "switch": "never"},
+    "gprune, modules": {**UNLEARNED, "switch": "never"},
+    "gprune, modules, switch": {**UNLEARNED, "switch": "unreliable"},
+    "gprune, modules, blend": {**UNLEARNED, "switch": "blend"},
+    "gprune, random modules, switch": {**UNLEARNED, "partition": "random", "switch": "unreliable"},
+    "gprune, random modules, blend": {**UNLEARNED, "partition": "random", "switch": "blend"},
+    "gprune, modules, always": {**UNLEARNED, "switch": "always"},
+    "gprune, learned, switch": {"steps": 20, "start": "inner", "switch": "unreliable"},
+    "gprune, learned, blend": {"steps": 20, "start": "inner", "switch": "blend"},
+}
+ARMS |= {name: Arm("gprune", settings, inner=False, fits=False) for name, settings in STAGES.items()}
 
 
 @dataclass(frozen=True)
@@ -191,6 +206,8 @@ class Bench:
         row: Row = {"kept": round(counts[0] / counts[1], 5), "parameters": sum(p.numel() for p in network.parameters())}
         seconds = round(time.perf_counter() - start, 1)
         yield {"fit": False, **row, "seconds": seconds, "nats": self.measure(network, fold)}
+        if not own.fits:
+            return
         start = time.perf_counter()
         task = RecoveryTask(network, self.model, self.axes, plan, sources)
         reconstruct(task, precision=self.precision)
@@ -201,14 +218,14 @@ class Bench:
 def run(args: Namespace) -> None:
     """Compute the cuts that are missing."""
     names = ("model", "arm", "keep", "fold", "sample", "text")
-    done = {tuple(row[name] for name in names) for row in rows(args.out) if row["fit"] or row["arm"] == "dense"}
+    done = {tuple(row[name] for name in names) for row in rows(args.out)}
     bench = Bench(args)
     for fold in args.fold:
         if (args.model, "dense", 1.0, fold, 0, "") not in done:
             at = dict(zip(names, (args.model, "dense", 1.0, fold, 0, ""), strict=True))
             add(args.out, {**at, "fit": False, "kept": 1.0, "nats": bench.measure(bench.model, fold)})
     for sample, keep, fold, text in product(args.sample, args.keep, args.fold, args.text):
-        for arm in args.arm or [one for one in ARMS if one != "gprune"]:
+        for arm in args.arm:
             key = (args.model, arm, keep, fold, sample, text)
             if key in done:
                 continue
@@ -256,7 +273,7 @@ def show(every: Sequence[Row]) -> Iterator[str]:
 
 def main() -> None:
     """Compute, or print the table."""
-    which = {"keep": [0.8], "fold": [0, 1], "sample": [0], "text": [*WINDOWS], "arm": [str]}
+    which = {"keep": [0.8], "fold": [0, 1], "sample": [0], "text": tuple(WINDOWS), "arm": tuple(ARMS)}
     args = arguments(__doc__, OUT, model="smollm2-135m", texts=Path("texts"), **which)
     if args.show:
         print(*show(rows(args.out)), sep="\n")
