@@ -10,6 +10,7 @@ from torch import nn
 
 import regrow
 from regrow.core.errors import InputError
+from regrow.jobs import pruning_inputs
 from regrow.jobs import recover as recovery_run
 from regrow.jobs.parents import undo_run
 from regrow.jobs.prune import prune_named
@@ -58,6 +59,20 @@ def test_the_cut_is_checked_then_reconstructed_then_measured(tmp_path: Path) -> 
     ]
     undone = [undo_run(one.path, tmp_path / f"{i}") / "model.safetensors" for i, one in enumerate((folder, plain))]
     assert undone[0].read_bytes() == undone[1].read_bytes()
+
+
+@pytest.mark.parametrize(("reconstruct", "fitted"), [(None, 48), (True, 320)])
+def test_memory_of_the_default_does_not_grow_with_the_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reconstruct: bool | None, fitted: int
+) -> None:
+    monkeypatch.setattr(pruning_inputs, "MOST_FITTED", 8 * 40)
+    monkeypatch.setattr(pruning_inputs, "FEWEST_FITTED", 16)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 4))
+    data = torch.randn(320, 8), torch.randint(4, (320,))
+    regrow.prune(net, data, keep=0.5, batch_size=16, reconstruct=reconstruct, out=tmp_path / "run")
+    rows = RunFolder.open(tmp_path / "run").metrics()
+    assert [row["tokens"] for row in rows if row["what"] == "reconstruction"] == [fitted]
 
 
 def test_a_reconstruction_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path) -> None:

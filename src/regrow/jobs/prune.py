@@ -41,6 +41,7 @@ from regrow.jobs.pruning_inputs import (
     make_pruner,
     make_source_specs,
     read_training_text,
+    take_for_fit,
     with_timing,
 )
 from regrow.jobs.recording import ActiveRun, Invocation, RunStart
@@ -240,6 +241,8 @@ class PruneJob:
                     tune.recalibrate_changed(model, plan, self.inputs.data.calibration)
                     unreconstructed = self._measure(after, "cut")
             sources = self.inputs.data.calibration
+            if not self.must_fit and network.loaded.tokenizer is None:
+                sources = tuple(map(take_for_fit, sources))
             with run.stage("reconstruct"):
                 try:
                     task = RecoveryTask(model, dense, axes, plan, sources, progress=run.progress)

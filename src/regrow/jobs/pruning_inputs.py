@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from regrow.core.amounts import Measure, Target
 from regrow.core.axes import Axis, AxisGraph, Mark
@@ -13,7 +14,7 @@ from regrow.core.names import GENERATED, names_function
 from regrow.core.objectives import Objective
 from regrow.core.progress import Progress, silent
 from regrow.core.scores import Evidence, Need, Statistics
-from regrow.core.sources import Source
+from regrow.core.sources import Batch, Source, preserve_random_state
 from regrow.data.batch_streams import join_batches
 from regrow.distributed.parallel import broadcast_record
 from regrow.evaluation.timing import time_widths
@@ -30,6 +31,9 @@ from regrow.scoring.collect import CollectionOptions, check_sources, collect
 from regrow.settings.prune import Settings
 from regrow.store import statistics
 from regrow.store.run_record import convert_settings
+
+# Without ``--reconstruct``, image networks are fitted on about as many input values, and on as many examples at least.
+MOST_FITTED, FEWEST_FITTED = 2**22, 128
 
 
 def read_pruning_settings(values: Mapping[str, object], code: str = "") -> Settings:
@@ -189,6 +193,23 @@ def explain_too_little(sources: Sequence[Source]) -> str:
         return "no source has written text"
     few = next((source for source in sources if len(source) < 2 or source.batches[0].labels is None), None)
     return f"source {few.name!r} has too little text with labels" if few else ""
+
+
+def take_for_fit(source: Source) -> Source:
+    """Return the first batches of a source: at least two, ``MOST_FITTED`` input values and ``FEWEST_FITTED`` examples.
+
+    While layers are fitted, what they compute for all examples is in memory.
+    """
+    batches, values, examples = list[Batch](), 0, 0
+    with preserve_random_state(source.generators):
+        for batch in source:
+            batches.append(batch)
+            inputs = [leaf for leaf in tree_leaves((batch.args, dict(batch.kwargs))) if isinstance(leaf, Tensor)]
+            values += sum(map(Tensor.numel, inputs))
+            examples += next((len(leaf) for leaf in inputs if leaf.dim()), 1)
+            if len(batches) > 1 and values >= MOST_FITTED and examples >= FEWEST_FITTED:
+                break
+    return replace(source, batches=batches)
 
 
 def calibrate(
