@@ -189,7 +189,7 @@ def test_what_steers_a_terminal_is_shown_and_not_sent(
         tell(0, 1, HOSTILE)
         time.sleep(0.2)
     shown = "".join(capfd.readouterr())
-    assert shown.count("a\\x1b[31mb\\x9b1mc\\u202ed") == 6 and "[red]f[/x]" in shown and "[/x]" in shown
+    assert shown.count("a\\x1b[31mb\\x9b1mc\\u202ed") >= 6 and "[red]f[/x]" in shown and "[/x]" in shown
     assert not re.search("[\x1b\x9b\u202e]", shown)
 
 

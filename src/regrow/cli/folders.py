@@ -48,7 +48,9 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
         say_run(runs[0])
     else:
         compared = comparison.compare(records)
-        print_table(compared.table.title, compared.table.columns, compared.table.rows)
+        cells = [compared.table.columns, *compared.table.rows]
+        columns, *rows = zip(*cells, strict=True) if len(cells) <= len(cells[0]) else cells  # the short side is across
+        print_table(compared.table.title, columns, rows)
         for line in compared.averages:
             say(line)
         for alarm in compared.alarms:
