@@ -10,7 +10,7 @@ from types import ModuleType
 import click
 import pytest
 
-from regrow.cli.app import regrow
+from regrow.cli.app import regrow, run_command
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md")), ROOT / "examples" / "README.md"]
@@ -78,6 +78,30 @@ def test_commands_on_pages_have_only_options_that_exist() -> None:
             command.make_parser(click.Context(command)).parse_args(words)  # raises where an option is not there
             seen += 1
     assert seen > 30
+
+
+TIME = re.compile(r"\b(seconds?|minutes?|hours?|days?)\b")
+UNMARKED = "without a time take less than half a minute"
+
+
+def test_commands_on_pages_are_marked_with_their_time() -> None:
+    untimed = []
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        text = page.read_text("utf-8")
+        lines = "\n".join(BLOCK.findall(text)).replace("\\\n", " ").splitlines()
+        if UNMARKED not in " ".join(text.split()):
+            untimed += [line for line in lines if re.match("(torchrun .*)?regrow ", line) and not TIME.search(line)]
+    assert not untimed
+
+
+def test_the_learning_commands_of_the_front_page_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = re.findall(r"^regrow (learn .*?)(?: *#.*)?$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
+    for line in [*lines, "report grown ewc"]:
+        assert run_command(line.split()) == 0, line
+    assert "8 tasks" in capsys.readouterr().out and len(lines) == 3
 
 
 def test_the_python_of_the_front_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,7 +144,11 @@ def test_ctrl_c_is_told_as_such_where_what_it_interrupted_fails_in_its_own_way(
 
 
 def test_usage_errors_name_the_help(regrow: Run) -> None:
-    for words, says in ((("chat",), "see `regrow chat --help`"), (("bogus",), "see `regrow --help`")):
+    for words, says in (
+        (("chat",), "see `regrow chat --help`"),
+        (("bogus",), "see `regrow --help`"),
+        (("prune", "m", "--seed", "0", "1", "2"), "extra arguments (1 2); an option takes one value (several seeds"),
+    ):
         code, _, err = regrow(*words)
         assert code == 2 and says in err and len(err.splitlines()) == 1
 
@@ -189,7 +193,7 @@ def test_what_steers_a_terminal_is_shown_and_not_sent(
         tell(0, 1, HOSTILE)
         time.sleep(0.2)
     shown = "".join(capfd.readouterr())
-    assert shown.count("a\\x1b[31mb\\x9b1mc\\u202ed") == 6 and "[red]f[/x]" in shown and "[/x]" in shown
+    assert shown.count("a\\x1b[31mb\\x9b1mc\\u202ed") >= 6 and "[red]f[/x]" in shown and "[/x]" in shown
     assert not re.search("[\x1b\x9b\u202e]", shown)
 
 

@@ -225,11 +225,26 @@ def _same(row: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name not in ("time", "at")}
 
 
+@pytest.mark.parametrize(
+    "more, told",
+    [
+        ({"epochs": 3}, "a stage of 2 no epoch to learn masks in, .* use --epochs 4 or more"),
+        ({"epochs": 2, "method": "gold_nas", "method_settings": {"warm": 1}}, "in 2 epochs .* use --epochs 3 or more"),
+        ({"epochs": 0, "method": "darts", "method_settings": {}}, "0 epochs: .* take --epochs 1"),
+    ],
+)
+def test_too_few_epochs_are_refused_before_the_space_is_traced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any], told: str
+) -> None:
+    monkeypatch.setattr("regrow.jobs.search.trace_examples", lambda *_: pytest.fail("traced"))
+    with pytest.raises(ValueError, match=told):
+        search_named(replace(SETTINGS, **more), Invocation(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_search_that_would_learn_nothing_is_refused(tmp_path: Path) -> None:
     for more, told in (
-        ({"epochs": 0}, "take --epochs 1"),
         ({"train": -5}, "train must be 0 to"),
-        ({"epochs": 3}, "a stage of 2 no epoch to learn masks in, .* use --epochs 4 or more"),
         ({"target": "params=60", "method_settings": QUICK | {"levels": ("operations",)}}, "below what is left"),
         ({"target": "params=60", "method": "darts", "method_settings": {}}, "below what is left whatever goes"),
     ):
@@ -522,7 +537,9 @@ def test_a_time_that_cannot_be_reached_is_refused_before_the_search(
     monkeypatch.setattr(search_inputs, "measure_latency", lambda model, *_: invented(model))
     for target_, message in (("ms=1.9", "whatever is removed"), ("ms=1000", "not below")):
         with pytest.raises(ValueError, match=message):
-            search_named(Settings("cells:4-2-1", "digits", target_, **SMALL), Invocation(tmp_path / "run"))
+            search_named(
+                Settings("cells:4-2-1", "digits", target_, **SMALL | {"epochs": 6}), Invocation(tmp_path / "run")
+            )
     assert not (tmp_path / "run").exists()
 
 

@@ -44,12 +44,13 @@ def test_a_page_shows_what_was_known_after_each_task(several):
     first = f"{tasks[0]['parameters']:,} after the first task; {len(growths)} growth"
     assert f"Parameters {tasks[-1]['parameters']:,} {first}" in said
     assert all(f"<td>{row['parameters']:,}</td></tr>" in text for row in tasks)
+    assert f"Memory of the method {tasks[-1]['remembered'] / 1000:.1f} kB what it stores beside" in said
     assert "regrow learn --resume sparsegrow --task TASK" in said
 
 
 def test_a_network_that_did_not_grow_says_so(several):
     said = words_of(to_html(read_runs([several[1]])))
-    assert "The network did not grow." in said and "reconstructed" not in said
+    assert "Memory of the method 0 B" in said and "The network did not grow." in said and "reconstructed" not in said
 
 
 def test_tasks_that_came_later_are_on_the_page(tmp_path):

@@ -124,6 +124,8 @@ def test_a_page_says_what_changed_and_how_to_go_on(folder, tmp_path):
     assert "33.2 ± 1.87 41.0 ± 2.31 ×1.23 ± 0.0218" in rest and "66.5 % ± 6.5 % 63.1 % ± 6.5 % −3.4 points" in rest
     assert "Time per pass of 256 tokens 210 ms 190 ms 1.11 times as fast, on cpu" in first
     assert "46,080 → 40," in rest and text.count("<i style=") == 60
+    layer = "model.layers.9.self_attn.q_proj: 3 → 2 units"
+    assert f'title="{layer}"' in text and layer in rest and "weight:0" not in rest
     assert "news 33.2 to 41.0" in page.figures[0] and len(page.figures) == 1
     assert list(out.parent.iterdir()) == [out]
     assert str(folder.parent) not in text

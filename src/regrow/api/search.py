@@ -21,7 +21,7 @@ from regrow.data.datasets import fix_order, to_examples
 from regrow.jobs.progress_bar import ensure_progress
 from regrow.jobs.recording import ActiveRun
 from regrow.jobs.search import SearchResult, search_network
-from regrow.jobs.search_inputs import HELD_OUT, SearchData, SearchInputs, make_schedule
+from regrow.jobs.search_inputs import HELD_OUT, SearchData, SearchInputs, check_epochs, make_schedule
 from regrow.settings.search import Settings
 from regrow.store.statistics import parameter_sums
 
@@ -113,6 +113,7 @@ def _open_inputs(call: Call, test: object, config: Settings, optimizer: Optimize
     """
     example = Example() if call.example is None else call.example  # empty: the data are read below
     net = replace(call, data=None, validation=None, example=example, axes=None).read(run.progress)
+    check_epochs(config, net.model)
     task, test_examples = _read_task(net, (call.data, call.validation, test), config.batch_size, config.seed)
     first = first_batch(task)
     objective = find_objective(net.model, call.loss, first)

@@ -89,7 +89,8 @@ def _classify_usage(error: click.ClickException) -> Failure:
     """Return what is printed about an error that click raised, with ``--help`` as remedy if its text names none."""
     line = error.format_message()
     if isinstance(error, click.UsageError) and error.ctx and "; " not in line:  # Click names no remedy
-        line = f"{line.rstrip('.')}; see `{error.ctx.command_path} --help`"
+        hint = "an option takes one value (several seeds are several runs), " * ("unexpected extra" in line)
+        line = f"{line.rstrip('.')}; {hint}see `{error.ctx.command_path} --help`"
     return Failure(INTERRUPTED if isinstance(error, Stopped) else USAGE, line)
 
 

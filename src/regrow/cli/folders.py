@@ -8,7 +8,7 @@ import click
 from regrow.cli.command import PATH, Verb
 from regrow.cli.completion import complete
 from regrow.cli.runs import say_run
-from regrow.cli.screen import print_table, say
+from regrow.cli.screen import print_table, say, show_lines
 from regrow.store.atomic import PAGE, PAGES
 
 REPORT_EPILOG = """\b
@@ -42,13 +42,16 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
         if not (run / RUN).is_file():
             run = find_unfinished(run) or run  # the page of an unfinished run lies in its working area
         out = run / PAGE
-    records = read_runs(runs)
-    write_output(out, to_html(records), PAGES)
+    with show_lines("writing the page"):
+        records = read_runs(runs)
+        write_output(out, to_html(records), PAGES)
     if len(runs) == 1:
         say_run(runs[0])
     else:
         compared = comparison.compare(records)
-        print_table(compared.table.title, compared.table.columns, compared.table.rows)
+        cells = [compared.table.columns, *compared.table.rows]
+        columns, *rows = zip(*cells, strict=True) if len(cells) <= len(cells[0]) else cells  # the short side is across
+        print_table(compared.table.title, columns, rows)
         for line in compared.averages:
             say(line)
         for alarm in compared.alarms:
@@ -67,7 +70,8 @@ def undo(run: Path, out: Path | None) -> None:
     from regrow.jobs.parents import read_stages, undo_run
 
     last = read_stages(run)[-1].record
-    folder = undo_run(run, out)
+    with show_lines("copying the files before it"):
+        folder = undo_run(run, out)
     what = "run" if (folder / "run.json").is_file() else "model"
     say(f"undone: regrow {last['verb']} ({last['changed']}); {folder} holds the {what} before it")
 

@@ -114,6 +114,7 @@ def apply(plan: Path, model: str, out: Path, code: str, dtype: str, input: str) 
     command.announce_code(model, code)
     with show_progress() as progress:
         loaded = load_model(ModelSpec(model, dtype=dtype, input=input), progress, code)
+        progress(0, 1, "applying")
         axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
         replay(loaded.model, axes, plans)
         with replace_folder(out) as folder:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import click
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -55,7 +56,7 @@ def escape_controls(text: str, keep: str = "") -> str:
     )
 
 
-LINE_SECONDS = 3.0
+LINE_SECONDS = 1.4
 # Characters that ordinary texts need: line ends, tabs, soft hyphens and zero-width joiners.
 TEXT = "\n\t\u00ad\u200c\u200d"
 _STEERING = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
@@ -85,11 +86,26 @@ def print_table(
 ) -> None:
     """Print a table of cells as text; columns whose indices are in ``numbers`` are aligned right."""
     table = Table(title=_make_text(title), title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for i, column in enumerate(columns):
-        table.add_column(_make_text(column), justify="right" if i in numbers else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*map(_make_text, row))
+    texts = [[_make_text(cell) for cell in cells] for cells in (columns, *rows)]
+    widths = _fit_widths([*zip(*texts, strict=True)], out.width - 2 * (len(columns) - 1))
+    for i, (header, width) in enumerate(zip(texts[0], widths, strict=True)):
+        table.add_column(header, justify="right" if i in numbers else "left", overflow="fold", width=width)
+    for row in texts[1:]:
+        table.add_row(*row)
     out.print(table)
+
+
+def _fit_widths(columns: Sequence[Sequence[Text]], room: int) -> list[int]:
+    """Return widths of columns, which start with their headers, that sum up to ``room`` at most, if possible.
+
+    A column shrinks down to its longest word, then to that of its header, then further; the widest shrinks first.
+    """
+    words = [[max(map(cell_len, cell.plain.split()), default=1) for cell in column] for column in columns]
+    widths = [max(cell.cell_len for cell in column) for column in columns]
+    while sum(widths) > room and max(widths) > 1:
+        order = [(width > max(of), width > of[0], width) for width, of in zip(widths, words, strict=True)]
+        widths[order.index(max(order))] -= 1
+    return widths
 
 
 def _make_text(cell: object) -> Text:
@@ -139,10 +155,11 @@ def show_progress() -> Iterator[Progress]:
 
 @contextmanager
 def show_lines(what: str = "starting") -> Iterator[Progress]:
-    """Context manager: print progress on the error stream, at most one line per tenth of a task and ``LINE_SECONDS``.
+    """Context manager: print progress on the error stream, after two times ``LINE_SECONDS`` of silence at the latest.
 
-    ``what`` is done until the first report. Texts with one first word and number of steps belong to one task; short
-    tasks have no line. The time left counts the steps seen alone.
+    ``what`` is done until the first report. Texts with one first word and number of steps belong to one task, which
+    has a line once it is seen; short tasks have none. Later, a line follows a sixtieth of the time so far, so a long
+    run has a short log. The time left counts the steps seen alone.
     """
     tasks: dict[tuple[str, int], _Task] = {}
     latest = (_Task(), 0, 1, what)
@@ -158,13 +175,15 @@ def show_lines(what: str = "starting") -> Iterator[Progress]:
         latest = (task, done, total, what)
 
     def print_lines() -> None:
+        turn = printed = 0
         while not is_over.wait(LINE_SECONDS):
+            turn += 1
             task, done, total, text = latest
-            if (tenth := 10 * done // max(1, total)) > task.tenth:
-                task.tenth = tenth
-                steps = f": {done}/{total}{task.estimate(done, total)}" if total > 1 else " …"
-                stream.write(f"{escape_controls(text)}{steps}\n")
+            if task.is_new or turn - printed >= max(2, turn / 60):
+                steps = f": {done}/{total}" if total > 1 else " …"
+                stream.write(f"{escape_controls(text)}{steps}{task.describe_time(done, total)}\n")
                 stream.flush()
+                task.is_new, printed = False, turn
 
     thread = threading.Thread(target=print_lines, daemon=True)
     thread.start()
@@ -181,14 +200,15 @@ class _Task:
 
     first: int = 0  # the steps done when it was first reported, which tell no speed
     done: int = 0
-    tenth: int = -1  # the last tenth of which there was a line
+    is_new: bool = True  # whether it has had no line
     began: float = field(default_factory=time.monotonic)
 
-    def estimate(self, done: int, total: int) -> str:
-        """Return the time left as text; empty if it is not known."""
-        if not self.first < done < total:
-            return ""
-        return f", about {(time.monotonic() - self.began) / (done - self.first) * (total - done):.0f} s left"
+    def describe_time(self, done: int, total: int) -> str:
+        """Return the time left as text; where it is not known, the time so far, which the first line leaves out."""
+        seconds = time.monotonic() - self.began
+        if self.first < done < total:
+            return f", about {seconds / (done - self.first) * (total - done):.0f} s left"
+        return "" if self.is_new else f", {seconds:.0f} s so far"
 
 
 def say_pieces(title: str, pieces: Iterator[str]) -> str:

@@ -27,6 +27,7 @@ from regrow.jobs.search_inputs import (
     SearchData,
     SearchInputs,
     build_search,
+    check_epochs,
     make_schedule,
     measure_times,
     read_search_data,
@@ -291,6 +292,7 @@ def open_named(settings: Settings, invocation: Invocation, run: ActiveRun) -> Se
                 f"--cutout {settings.cutout} of pictures of {side} pixels: take 0, for none, to {side - 1}"
             )
         model, origin, stages = build_space(settings, data.search, start)
+        check_epochs(settings, model)
         model.to(device)
     with run.stage("trace"):
         axes = trace_examples(model, data.search, data)

@@ -142,6 +142,21 @@ def make_search(
     return search
 
 
+def derive_settings(settings: Settings, measure: Measure, model: nn.Module) -> dict[str, object]:
+    """Return the settings of a method that follow from the run's, the measure of its target, and the space."""
+    stages = tuple(sorted(map(int, model.heads))) if isinstance(model, Cells | Mobile) else ()
+    derived: dict[str, object] = {"seed": settings.seed, "stages": stages}
+    if measure == Measure.TIME:  # a narrow layer may take longer than a wide one
+        derived["levels"] = ("operations",) if candidate_paths(model) else ("filters",)
+    return derived
+
+
+def check_epochs(settings: Settings, model: nn.Module) -> None:
+    """Raise ValueError if the method cannot search the space ``model``, not yet traced, in so few epochs."""
+    measure = parse_search_target(settings.target).measure
+    make_search(settings, measure, derive_settings(settings, measure, model)).check_epochs(settings.epochs)
+
+
 def build_search(
     settings: Settings,
     model: nn.Module,
@@ -154,25 +169,20 @@ def build_search(
     """Return the search method of a run by :func:`make_search`, with target and stages that follow from its network.
 
     ``plan``: the stages that a memory budget needs, ``None`` without one; ``table``: the times of a pass, for a target
-    in ms; ``augments``: whether the method may augment images. Raises ValueError for a target, epochs or stages that
-    the method cannot have.
+    in ms; ``augments``: whether the method may augment images. Raises ValueError for a target or stages that the method
+    cannot have.
     """
     measure, limit = parse_target(settings.target, axes, table)
-    stages = tuple(sorted(map(int, model.heads))) if isinstance(model, Cells | Mobile) else ()
-    derived: dict[str, object] = {"target": limit, "seed": settings.seed, "stages": stages}
+    derived = derive_settings(settings, measure, model) | {"target": limit}
     if not augments:
         derived["augment"] = False
-    candidates = candidate_paths(model)
-    if measure == Measure.TIME:  # a narrow layer may take longer than a wide one
-        derived["levels"] = ("operations",) if candidates else ("filters",)
     prices = None
     if table:
+        candidates = candidate_paths(model)
         prices = spread_times(axes, candidates, ops=table.ops, beside=table.sums, layers=table.layers, rest=table.rest)
         if limit <= prices.rest:
             raise ValueError(f"{prices.rest:.3g} ms stay whatever is removed; give a target above, not {limit:g} ms")
     search = make_search(settings, measure, derived, prices)
-    if settings.epochs < 1 and search.needs_epochs:
-        raise ValueError(f"{settings.method} learns in epochs: take --epochs 1 or more")
     space = search.space
     if plan is not None and space.ends != plan.ends:
         ends = ", ".join(str(end + 1) for end in plan.ends)

@@ -84,7 +84,7 @@ def group_strips(widths: Sequence[AxisKind]) -> list[AxisKind]:
     """Return the kinds to draw: the first ``MAX_STRIPS`` with several axes, then those of one axis, as one kind."""
     several = [kind for kind in widths if len(kind.rows) > 1][:MAX_STRIPS]
     single = [row for kind in widths if len(kind.rows) == 1 for row in kind.rows]
-    return [*several, AxisKind("other axes", single)] if single else several
+    return [*several, AxisKind("other layers", single)] if single else several
 
 
 @cache

@@ -179,9 +179,9 @@ class AxisKind:
 
     @property
     def cells(self) -> list[tuple[str, float]]:
-        """(units in words, the fraction that is left, 1 at most) of each axis, as cells of a strip."""
-        rows = enumerate(self.rows, 1)
-        return [(f"{i}: {a:,} → {b:,} units", min(1.0, b / a) if a else 1.0) for i, (_, a, b) in rows]
+        """(layer and units in words, the fraction that is left, 1 at most) of each axis, as cells of a strip."""
+        layers = [(key.rpartition(":")[0].removesuffix(".weight"), a, b) for key, a, b in self.rows]
+        return [(f"{layer}: {a:,} → {b:,} units", min(1.0, b / a) if a else 1.0) for layer, a, b in layers]
 
     @property
     def before(self) -> int:

@@ -170,6 +170,9 @@ def _summarise_learning(run: Run) -> Summary:
         counted = "1 growth" if growths == 1 else f"{growths} growths"
         remark = f"{q.count(sizes[0])} after the first task; {counted}" if growths else ""
         figures.append(SummaryRow("Parameters", q.count(sizes[-1]), remark=remark))
+        if (stored := results.records[-1].remembered) is not None:
+            remark = "what it stores beside the network: masks, factors, examples"
+            figures.append(SummaryRow("Memory of the method", q.decimal_bytes(stored), remark=remark))
     if row := run.last_of(MissingTasksRow):
         details.append(f"Data of {', '.join(row.tasks)} were missing, so the figures are means over the other tasks.")
     return Summary(sentence, figures, details, sizes[-1] if sizes else None, end.average if end else None)

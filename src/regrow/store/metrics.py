@@ -130,6 +130,7 @@ class TaskRow(msgspec.Struct, frozen=True):
     parameters: Count  # of the network after learning it
     nonzero: Count | None = None  # those that are not 0
     macs: Count | None = None  # of one example
+    remembered: Count | None = None  # bytes of the method's masks, factors and examples
     seconds: Figure = None  # the time that learning it took
 
     def __post_init__(self) -> None:

@@ -51,8 +51,14 @@ class Search(ABC):
         self.space = space
         self.settings: Mapping[str, Any] = asdict(s)
 
+    def check_epochs(self, epochs: int) -> None:
+        """Raise ValueError if the search needs more than ``epochs``."""
+        if epochs < 1 and self.needs_epochs:
+            raise ValueError(f"{epochs} epochs: this method learns in epochs; take --epochs 1 or more")
+
     def check(self, context: Context) -> None:
         """Raise ValueError if the target cannot be reached, or the network cannot be searched."""
+        self.check_epochs(context.epochs)
         self.space.check(context)
 
     @abstractmethod

@@ -85,15 +85,18 @@ class GoldNas(Search):
         self.s = s
 
     def check(self, context: Context) -> None:
-        """Raise ValueError as :class:`Search` does, or if there are no candidates, or too few epochs to drop any."""
+        """Raise ValueError as :class:`Search` does, or if there are no candidates."""
         if not candidate_paths(context.model):
             raise ValueError("GOLD-NAS searches operations, and this network has no candidates: mark some")
-        if context.epochs < self.s.warm + 2:
+        super().check(context)
+
+    def check_epochs(self, epochs: int) -> None:
+        """Raise ValueError if there are too few epochs to drop any operation."""
+        if epochs < self.s.warm + 2:
             raise ValueError(
-                f"in {context.epochs} epochs no operation is dropped: the first {self.s.warm} train weights only, and "
+                f"in {epochs} epochs no operation is dropped: the first {self.s.warm} train weights only, and "
                 f"nothing is dropped after the last one; use --epochs {self.s.warm + 2} or more, or a smaller warm"
             )
-        super().check(context)
 
     def learning_rates(self, context: Context) -> tuple[float, float]:
         """Return the learning rate of α, and 0 for thresholds, which are not trained."""

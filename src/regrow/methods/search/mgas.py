@@ -121,24 +121,22 @@ class Mgas(Search):
         if self.searches_operations:
             self.stage_share = s.share + s.regrow * (1 - s.share)
 
-    def stage_bounds(self, context: Context, stage: int) -> tuple[int, int]:
+    def stage_bounds(self, epochs: int, stage: int) -> tuple[int, int]:
         """Return (the first epoch of a stage, the first epoch of the next one); stages and epochs count from 0."""
-        epochs = context.epochs
         return round(stage * epochs / self.stages), round((stage + 1) * epochs / self.stages)
 
-    def check(self, context: Context) -> None:
-        """Raise ValueError if a stage has no epoch that trains masks, or the target cannot be reached."""
+    def check_epochs(self, epochs: int) -> None:
+        """Raise ValueError if a stage has none of ``epochs`` that trains masks, or one stage is to prune again."""
         n, warm = self.stages, self.s.warm
         if n == 1 and not self.s.reprune:
             raise ValueError("reprune=false needs several stages, and this search has one; use --stages 2")
-        bounds = [self.stage_bounds(context, stage) for stage in range(n)]
+        bounds = [self.stage_bounds(epochs, stage) for stage in range(n)]
         if any(end - first <= warm for first, end in bounds):
             raise ValueError(
-                f"{context.epochs} epochs leave a stage of {n} no epoch to learn masks in, since the first {warm} of "
+                f"{epochs} epochs leave a stage of {n} no epoch to learn masks in, since the first {warm} of "
                 f"each stage train weights alone; use --epochs {n * (warm + 1)} or more, fewer --stages, or a smaller "
                 "--set warm"
             )
-        super().check(context)
 
     def learning_rates(self, context: Context) -> tuple[float, float]:
         """Return (the learning rate of α and κ, that of thresholds)."""
@@ -151,7 +149,7 @@ class Mgas(Search):
 
     def trains(self, state: SearchState, context: Context) -> bool:
         """Whether masks are trained in this epoch."""
-        first, _ = self.stage_bounds(context, state.stage)
+        first, _ = self.stage_bounds(context.epochs, state.stage)
         return context.epoch >= first + self.s.warm
 
     def allowed_size(self, state: SearchState, context: Context, target: float) -> float:
@@ -159,7 +157,7 @@ class Mgas(Search):
 
         The goal is reached after four fifths of the epochs that train masks; ``target`` is not used.
         """
-        first, end = self.stage_bounds(context, state.stage)
+        first, end = self.stage_bounds(context.epochs, state.stage)
         training = max(1, end - first - self.s.warm)
         done = context.epoch - first - self.s.warm + state.examples / len(context.task.train)
         progress = min(1.0, max(0.0, done / (0.8 * training)))
@@ -247,7 +245,7 @@ class Mgas(Search):
         """
         if context.epoch == context.epochs:
             return self.finalize(state, context, self.s.target)
-        first, end = self.stage_bounds(context, state.stage)
+        first, end = self.stage_bounds(context.epochs, state.stage)
         trained, is_over = context.epoch - first - self.s.warm, context.epoch == end  # trained: since the warm-up
         steps = [self._cut] if is_over or (trained > 0 and trained % self.s.every == 0) else []
         if is_over:
