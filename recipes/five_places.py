@@ -99,8 +99,9 @@ settings.model.path, settings.n_ctx, settings.n_parallel = str(folder / "model.g
 settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
 server = xllamacpp.Server(settings)
 def ask(prompts, steps):
-    settings = {"n_predict": steps, "temperature": 0, "ignore_eos": True, "return_tokens": True, "cache_prompt": False}
-    return [server.handle_completions({"prompt": ids, **settings})["tokens"] for ids in prompts]
+    settings = {"n_predict": steps, "temperature": 0, "ignore_eos": True, "logprobs": 1, "cache_prompt": False}
+    said = [server.handle_completions({"prompt": ids, **settings}) for ids in prompts]
+    return [[token["id"] for token in one["choices"][0]["logprobs"]["content"]] for one in said]
 answer(ask, "llama.cpp")
 """,
     "vllm": """
@@ -177,11 +178,12 @@ for use in (static_cache, save, lora, trainer, pipeline, tokenizer, without_code
 
 
 def ran(python: str, code: str, folder: Path) -> str:
-    """Run a piece of code; return the last line that it said if it failed."""
+    """Run a piece of code; return the last error that it told if it failed."""
     command = [python, "-W", "ignore", "-c", SPEAK + code, str(folder)]
     variables = {**os.environ} if python == sys.executable else {**os.environ, "PYTHONPATH": ""}
     done = subprocess.run(command, capture_output=True, text=True, cwd="/", env=variables)
-    return last_line(done.stderr) if done.returncode else ""
+    errors = [line.strip() for line in done.stderr.splitlines() if "Error" in line]
+    return [last_line(done.stderr), *errors][-1][:300] if done.returncode else ""
 
 
 def prompts_of(tokenizer: Any, n: int, length: int) -> torch.Tensor:

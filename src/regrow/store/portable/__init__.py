@@ -120,7 +120,11 @@ def config_entries(model: nn.Module, shapes: Shapes) -> dict[str, Any] | None:
         references["AutoModel"] = inner[0]
     references["AutoConfig"] = _config_class(shapes.origin)
     auto_map = {auto: f"modeling_regrow.{class_name(name)}" for auto, name in sorted(references.items())}
-    entries = {"regrow": changes, "auto_map": auto_map, "model_type": f"{OWN_TYPE}{shapes.origin.config['model_type']}"}
+    entries: dict[str, Any] = {
+        "regrow": changes,
+        "auto_map": auto_map,
+        "model_type": f"{OWN_TYPE}{shapes.origin.config['model_type']}",
+    }
     if heads := list_heads(model, shapes.origin.config):
         entries |= {"per_layer_config": heads, "allow_global_per_layer_attribute_access": True}
     return entries

@@ -45,9 +45,9 @@ class OwnType:
         settings, others = super().get_config_dict(*args, **kwargs)  # type: ignore[misc, unused-ignore]
         return {**settings, "model_type": cls.model_type}, others  # type: ignore[attr-defined, unused-ignore]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the settings as a file has them."""
-        return {**super().to_dict(), "model_type": f"regrow_{type(self).model_type}"}  # type: ignore[misc, attr-defined, unused-ignore]
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return the settings that go into a file."""
+        return {**super().to_diff_dict(), "model_type": f"regrow_{type(self).model_type}"}  # type: ignore[misc, attr-defined, unused-ignore]
 
 
 class Regrown:
