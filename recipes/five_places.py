@@ -4,7 +4,7 @@
 
 The places: regrow (the reference, in float32); transformers in PYTHON, an interpreter with torch and transformers where
 regrow is not installed; onnxruntime; llama.cpp and vLLM, in interpreters that have xllamacpp and vllm; and lm-eval.
-`--skip lm-eval` leaves that out. transformers and lm-eval read the run folder itself, vLLM what `regrow export --to
+`--skip lm-eval uses` leaves out two. transformers and lm-eval read the run folder itself, vLLM what `regrow export --to
 transformers` makes of it. The prompts are windows of real text of four kinds, from their evaluation halves. Told per
 place: of how many prompts the next token is another one and by how much torch prefers its own, the largest difference
 of a logit where the place gives logits, and how many of the first prompts go on with the same words. `uses` tells what
@@ -40,11 +40,11 @@ folder = Path(sys.argv[1])
 job = json.loads((folder / "job.json").read_text())
 def tell(name, tokens, texts):
     (folder / f"{name}.json").write_text(json.dumps({"next": tokens, "texts": texts}))
-def speak(ask, name, prompts=job["few"]):
+def speak(ask, name, texts=()):
     logits = numpy.stack([ask(ids) for ids in job["prompts"]])
     numpy.save(folder / f"{name}.npy", logits)
-    texts = []
-    for ids in job["prompts"][:prompts]:
+    texts = [*texts]
+    for ids in () if texts else job["prompts"][: job["few"]]:
         said = list(ids)
         for _ in range(job["steps"]):
             said.append(int(ask(said).argmax()))
@@ -61,12 +61,21 @@ def asking(model):
         with torch.inference_mode():
             return model(torch.tensor([ids])).logits[0, -1].float().numpy()
     return ask
+def carry_on(model):
+    ids, cache, said = torch.tensor(job["prompts"][: job["greedy"]]), None, []
+    with torch.inference_mode():
+        for _ in range(job["steps"]):
+            told = model(ids, past_key_values=cache, use_cache=True)
+            ids, cache = told.logits[:, -1:].argmax(-1), told.past_key_values
+            said.append(ids)
+    return torch.cat(said, 1).tolist()
 """
 PLACES = {
     "regrow": TORCH
     + """
 import regrow
-speak(asking(regrow.load(job["run"], dtype=torch.float32)), "regrow", job["greedy"])
+model = regrow.load(job["run"], dtype=torch.float32)
+speak(asking(model), "regrow", carry_on(model))
 """,
     "transformers": TORCH
     + """
@@ -74,7 +83,7 @@ import importlib.util
 assert importlib.util.find_spec("regrow") is None, "regrow is installed here; it must not be"
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(job["run"], trust_remote_code=True, dtype=torch.float32)
-speak(asking(model), "transformers")
+speak(asking(model), "transformers", carry_on(model))
 """,
     "onnxruntime": """
 import onnxruntime
@@ -97,6 +106,7 @@ import xllamacpp
 settings = xllamacpp.CommonParams()
 settings.model.path, settings.n_ctx, settings.n_parallel = str(folder / "model.gguf"), 256, 1
 settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED  # it rounds to float16
 server = xllamacpp.Server(settings)
 def ask(prompts, steps):
     settings = {"n_predict": steps, "temperature": 0, "ignore_eos": True, "logprobs": 1, "cache_prompt": False}
@@ -234,9 +244,10 @@ def examined(run: Path, pythons: dict[str, str], args: Any) -> Row:
             problem = ran(python, PLACES[name], folder)
             result["places"][name] = {"error": problem} if problem else compared(name, folder, tokenizer)
             print(run.name, name, result["places"][name], flush=True)
-        problem = ran(sys.executable, USES, folder)
-        result["uses"] = {"error": problem} if problem else json.loads((folder / "uses.json").read_text())
-        print(run.name, result["uses"], flush=True)
+        if "uses" not in args.skip:
+            problem = ran(sys.executable, USES, folder)
+            result["uses"] = {"error": problem} if problem else json.loads((folder / "uses.json").read_text())
+            print(run.name, result["uses"], flush=True)
     return result
 
 
