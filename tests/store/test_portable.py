@@ -9,7 +9,15 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, DetrConfig, DetrForObjectDetection, LlamaForCausalLM, ResNetConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    DetrConfig,
+    DetrForObjectDetection,
+    LlamaForCausalLM,
+    ResNetConfig,
+)
 
 import regrow
 from regrow.core.plan import Plan
@@ -79,13 +87,57 @@ def test_the_configuration_tells_every_width(shop):
     shapes = dict(model.named_parameters())
     assert config["regrow"]["tensors"]
     assert all(list(shapes[name].shape) == shape for name, shape in config["regrow"]["tensors"].items())
-    assert config["architectures"] == ["RegrownLlamaForCausalLM"]
-    names = {"AutoModel": "RegrownLlamaModel", "AutoModelForCausalLM": "RegrownLlamaForCausalLM"}
-    assert config["auto_map"] == {key: f"modeling_regrow.{name}" for key, name in names.items()}
+    assert config["architectures"] == ["RegrownLlamaForCausalLM"] and config["model_type"] == "regrow_llama"
+    names = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
+    assert config["auto_map"] == {auto: f"modeling_regrow.RegrownLlama{name}" for auto, name in names.items()}
 
 
 def carried(folder, **more):
     return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **more)
+
+
+@pytest.mark.parametrize("auto", [AutoConfig, AutoModel, AutoModelForCausalLM])
+def test_without_the_code_nothing_loads(shop, auto):
+    root, _ = shop
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        auto.from_pretrained(root / "llama_tied", trust_remote_code=False)
+
+
+def test_in_memory_the_family_has_its_type_and_in_files_its_own(shop, tmp_path):
+    root, said = shop
+    net, tokens = carried(root / "llama_tied"), load_file(root / "tokens")["tokens"]
+    assert net.config.to_dict()["model_type"] == "llama"  # by which peft chooses the layers that it adapts
+    net.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["model_type"] == "regrow_llama"
+    with torch.no_grad():
+        assert torch.equal(
+            carried(tmp_path / "again").eval()(tokens, use_cache=False).logits, said["llama_tied"]["logits"]
+        )
+
+
+def test_a_folder_of_the_version_before_still_loads(shop, tmp_path):
+    root, _ = shop
+    folder = tmp_path / "m"
+    shutil.copytree(root / "llama_tied", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
+    load(folder)
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "regrow_gpt2"}))
+    with pytest.raises(StoreError, match="model_type = gpt2"):
+        load(folder)
+
+
+def test_the_configuration_has_the_heads_of_layers_that_differ(tmp_path):
+    net, (args, kwargs) = ZOO["llama_tied"].build(), ZOO["llama_tied"].example()
+    axes = trace(net, *args, **kwargs)
+    heads = next(axis for axis in axes.free() if axis.key.endswith("layers.1.self_attn.q_proj.weight:0/16"))
+    apply(net, axes, Plan.keeping(axes, {heads.key: [0]}))
+    save(net, tmp_path / "m", origin=origin_of(net, "cut"))
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    repeated = config["num_attention_heads"] // config["num_key_value_heads"]
+    assert config["per_layer_config"] == {"1": {"num_attention_heads": repeated, "num_key_value_heads": 1}}
+    layers = carried(tmp_path / "m").config.per_layer_config
+    assert [layer.num_key_value_heads for layer in layers] == [config["num_key_value_heads"], 1]
 
 
 def test_weights_of_another_shape_are_refused_aloud(shop, tmp_path):
@@ -116,6 +168,31 @@ def test_a_dropped_layer_travels(tmp_path):
     apply(net, axes, Plan.dropping(axes, ["model.layers.0.mlp"]))
     written = to_transformers.write(net, tmp_path / "m", **SILENT)
     assert written.checked == {"max_abs_diff": 0.0, "loaded_as": "RegrownLlamaForCausalLM"}
+
+
+@pytest.mark.parametrize("paths", [["model.layers.1"], ["model.layers.1.self_attn", "model.layers.1.mlp"]])
+@pytest.mark.parametrize("name", ["llama_tied", "qwen2"])
+def test_blocks_that_were_dropped_whole_are_left_out(tmp_path, name, paths):
+    small, (args, kwargs) = ZOO[name].build(), ZOO[name].example()
+    settings = small.config.to_dict() | {"num_hidden_layers": 3, "layer_types": None}
+    net = type(small)(type(small.config)(**settings)).eval()
+    axes = with_branches(net, trace(net, *args, **kwargs))
+    apply(net, axes, Plan.dropping(axes, paths))
+    written = to_transformers.write(net, tmp_path / "m", **SILENT)
+    assert written.checked == {"max_abs_diff": 0.0, "loaded_as": type(net).__name__}
+    assert load(tmp_path / "m").config.num_hidden_layers == 2
+    assert net.config.num_hidden_layers == len(net.model.layers) == 3  # what was exported stays as it was
+
+
+def test_an_export_tells_how_vllm_serves_it(tmp_path):
+    notes = {}
+    for module in ("mlp", "self_attn"):
+        net, (args, kwargs) = ZOO["llama_tied"].build(), ZOO["llama_tied"].example()
+        axes = with_branches(net, trace(net, *args, **kwargs))
+        apply(net, axes, Plan.dropping(axes, [f"model.layers.1.{module}"]))
+        notes[module] = to_transformers.write(net, tmp_path / f"a {module}", **SILENT).notes[-1]
+    assert notes["mlp"].endswith(f"--model '{tmp_path}/a mlp' --model-impl transformers --trust-remote-code")
+    assert notes["self_attn"].startswith("vLLM refuses a layer without attention (1)")
 
 
 def regular():

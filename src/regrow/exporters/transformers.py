@@ -5,6 +5,7 @@ Otherwise the folder contains a small modelling file that builds the recorded wi
 """
 
 import json
+import shlex
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +34,7 @@ from regrow.store import portable
 from regrow.store.portable import update_origin
 from regrow.store.run_folder import WritePage
 from regrow.store.state import find_numbers, named_tensors
+from regrow.tracing.stacks import remove_dropped
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Settings of config.json that add a bias to every linear layer of a part; missing biases become zeros.
@@ -54,12 +56,13 @@ def write(
     if origin.kind != "transformers":
         raise ExportError(f"{origin.name or 'the network'} is no transformers model; export it to onnx or torchvision")
     stored, present = DTYPES.get(dtype), next(model.parameters()).dtype
-    origin = update_origin(origin, model, present)
+    fewer = remove_dropped(model)
+    origin = update_origin(origin, fewer, present)
     with export_folder(out, card) as folder:
         progress(0, 2, "writing the folder")
-        plain = build_plain(model, origin)
+        plain = build_plain(fewer, origin)
         if plain is None:
-            store.write_model(model, folder, origin=origin, dtype=stored)
+            store.write_model(fewer, folder, origin=origin, dtype=stored)
         else:
             store.write_model(plain, folder, tokenizer=getattr(model, "tokenizer", None), dtype=stored)
         has_code = (folder / "modeling_regrow.py").is_file()
@@ -75,8 +78,21 @@ def write(
     note = "an ordinary model of its family: any tool that loads the family loads it, no code needed"
     if has_code:
         note = "no settings of its family give these widths: load it with trust_remote_code=True"
+    notes = (note, *_serving_notes(fewer, out, has_code))
     loaded_as = type(loaded).__name__
-    return ExportResult(out, folder_bytes(out), {"max_abs_diff": difference, "loaded_as": loaded_as}, (note,))
+    return ExportResult(out, folder_bytes(out), {"max_abs_diff": difference, "loaded_as": loaded_as}, notes)
+
+
+def _serving_notes(model: nn.Module, out: Path, has_code: bool) -> list[str]:
+    """Return how vLLM serves an exported Llama-like decoder, or why it does not; nothing for other networks."""
+    try:
+        layers = decoder_layers(model)
+    except ModelError:
+        return []
+    if has_code and (without := [str(i) for i, layer in enumerate(layers) if not layer.heads]):
+        return [f"vLLM refuses a layer without attention ({', '.join(without)}); serve it as GGUF or with transformers"]
+    options = " --model-impl transformers --trust-remote-code" * has_code
+    return [f"serve it: python -m vllm.entrypoints.openai.api_server --model {shlex.quote(str(out))}{options}"]
 
 
 def build_plain(model: nn.Module, origin: Origin) -> nn.Module | None:

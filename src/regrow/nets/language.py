@@ -247,7 +247,7 @@ def _explain_load_error(error: Exception) -> str:
     """Return why transformers cannot load a model, and the remedy."""
     text = str(error)
     if "trust_remote_code" in text:
-        remedy = "if you trust it, build the model in a function of your own and name that: pkg.mod:fn"
+        remedy = "what regrow wrote opens with its shapes.json; else name your function that builds it: pkg.mod:fn"
         return f"it brings its own Python code, which is not run; {remedy}"
     if "`deci`" in text:
         return "a GGUF file of layers of several widths is for llama.cpp alone; name the run that it was made of"

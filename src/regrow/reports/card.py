@@ -99,12 +99,11 @@ def _read_usage(folder: Path) -> tuple[str, str, str]:
         return "torchvision", read_json(folder / "network.json")["builder"], load
     name, code = config["architectures"][0], config.get("auto_map", {})
     name = next((auto for auto, path in code.items() if path.endswith(f".{name}")), name)
-    load = (
-        f'model = {name}.from_pretrained("FOLDER"{", trust_remote_code=True" * bool(code)})  # or USER/NAME on the hub'
-    )
+    trust = ", trust_remote_code=True" * bool(code)
+    load = f'model = {name}.from_pretrained("FOLDER"{trust})  # or USER/NAME on the hub'
     if not (folder / "tokenizer_config.json").is_file():
         return "transformers", name, f"from transformers import {name}\n\n{load}"
-    load += '\ntokenizer = AutoTokenizer.from_pretrained("FOLDER")'
+    load += f'\ntokenizer = AutoTokenizer.from_pretrained("FOLDER"{trust})'
     return "transformers", name, f"from transformers import {name}, AutoTokenizer\n\n{load}"
 
 

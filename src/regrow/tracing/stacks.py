@@ -14,7 +14,7 @@ from regrow.core.axes import AxisGraph, Product, RecordedStep, Role, axes_in
 from regrow.core.axes.operations import lies_in
 from regrow.core.change import Insertion, Stack
 from regrow.core.errors import first_line
-from regrow.tracing.branches import ModuleCall, record_calls
+from regrow.tracing.branches import ModuleCall, find_placeholders, record_calls
 from regrow.tracing.capture import TraceError
 from regrow.tracing.effects import tensor_forms
 from regrow.tracing.meta_copy import cast_example, copy_model, fake_copy
@@ -70,6 +70,23 @@ def remove_copies(model: nn.Module, path: str, insertion: Insertion) -> None:
         setattr(stack, INSERTIONS, insertions[:-1])
         if len(insertions) == 1:
             delattr(stack, INSERTIONS)
+
+
+def remove_dropped(model: nn.Module) -> nn.Module:
+    """Return a copy without the blocks of which all was dropped, the others renumbered; it shares the model's tensors.
+
+    ``model`` itself if there are none, or its configuration does not tell how many blocks it has.
+    """
+    copied, dropped = model, find_placeholders(model)
+    for path, stack in model.named_modules():
+        if isinstance(stack, nn.Sequential | nn.ModuleList) and any(lies_in(name, path) for name in dropped):
+            kept = [i for i, block in enumerate(stack) if next(block.parameters(), None) is not None]
+            if 0 < len(kept) < len(stack):
+                copied = copy_model(model, Tensor.detach) if copied is model else copied
+                blocks = [*copied.get_submodule(path).children()]
+                if not _rearrange(copied, path, [blocks[i] for i in kept], kept):
+                    return model
+    return copied
 
 
 def _rearrange(model: nn.Module, path: str, modules: Sequence[nn.Module], sources: Sequence[int]) -> bool:

@@ -19,7 +19,7 @@ from regrow.core.errors import first_line
 from regrow.nets import ModelError, Origin
 from regrow.nets.attention import Attention
 from regrow.nets.files import ATTENTION, check_settings, check_tokenizer, iterate_settings, leads_away
-from regrow.nets.language import parse_configuration, quiet, require_transformers
+from regrow.nets.language import decoder_layers, parse_configuration, quiet, require_transformers
 from regrow.store.atomic import stage_folder, sync, write_text
 from regrow.store.errors import StoreError, explain_os_errors
 from regrow.store.shapes import Shapes, TensorKind
@@ -34,13 +34,22 @@ _LAYERS = re.compile(r"(num|n)(_\w+)?_layers?")
 # The most numbers of derived buffers (not in the state dict) that are written into the configuration.
 MAX_DERIVED = 2**16
 
+# What the model type in config.json starts with where the code beside it is needed: no family of transformers has it.
+OWN_TYPE = "regrow_"
+
+_CONFIG = """
+
+class {name}(OwnType, transformers.{reference}):
+    \"\"\"``{reference}`` under a model type of its own.\"\"\"
+"""
 _CLASS = """
 
 class {name}(Regrown, transformers.{reference}):
     \"\"\"``{reference}`` with the widths that ``config.json`` records.\"\"\"
+
+    config_class = {config}
 """
-_PREFIX = """
-    prefix = "{prefix}"
+_PREFIX = """    prefix = "{prefix}"
 """
 
 
@@ -92,14 +101,15 @@ def write_pretrained(model: nn.Module, shapes: Shapes, folder: Path) -> None:
         write_configuration(shapes.origin, model, folder)
     else:
         write_configuration(shapes.origin, model, folder, changes, class_name(shapes.origin.reference))
-        write_code(model, shapes.origin.reference, folder)
+        write_code(model, shapes.origin, folder)
 
 
 def config_entries(model: nn.Module, shapes: Shapes) -> dict[str, Any] | None:
     """Return what ``config.json`` of a changed transformers model gets besides its configuration, as JSON data.
 
-    The entries are ``regrow`` (:func:`record_changes`) and ``auto_map`` (Auto class → class in the modelling file).
-    ``None`` if transformers has no Auto class for it, or :func:`record_changes` returns ``None``.
+    The entries are ``regrow`` (:func:`record_changes`), ``auto_map`` (Auto class → class in the modelling file), a
+    ``model_type`` of its own and ``per_layer_config`` (:func:`list_heads`). ``None`` if transformers has no Auto class
+    for it, or :func:`record_changes` returns ``None``.
     """
     reference = shapes.origin.reference
     references = dict.fromkeys(_auto_class_names(reference), reference)
@@ -108,8 +118,40 @@ def config_entries(model: nn.Module, shapes: Shapes) -> dict[str, Any] | None:
         return None
     if inner := find_inner_model(model):
         references["AutoModel"] = inner[0]
+    references["AutoConfig"] = _config_class(shapes.origin)
     auto_map = {auto: f"modeling_regrow.{class_name(name)}" for auto, name in sorted(references.items())}
-    return {"regrow": changes, "auto_map": auto_map}
+    entries: dict[str, Any] = {
+        "regrow": changes,
+        "auto_map": auto_map,
+        "model_type": f"{OWN_TYPE}{shapes.origin.config['model_type']}",
+    }
+    if heads := list_heads(model, shapes.origin.config):
+        entries |= {"per_layer_config": heads, "allow_global_per_layer_attribute_access": True}
+    return entries
+
+
+def list_heads(model: nn.Module, config: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+    """Return layer → numbers of heads that are not those of ``config``: vLLM takes them from ``config.json``.
+
+    Empty for networks that are no Llama-like decoders; layers whose attention was dropped are left out.
+    """
+    try:
+        layers = decoder_layers(model)
+    except ModelError:
+        return {}
+    heads = {
+        str(i): {"num_attention_heads": layer.heads, "num_key_value_heads": layer.kv_heads}
+        for i, layer in enumerate(layers)
+        if layer.heads
+    }
+    return {i: numbers for i, numbers in heads.items() if any(config.get(name) != n for name, n in numbers.items())}
+
+
+def _config_class(origin: Origin) -> str:
+    """Return the name of the class of transformers that holds the configuration of an architecture."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return str(CONFIG_MAPPING_NAMES[origin.config["model_type"]])
 
 
 def class_name(reference: str) -> str:
@@ -132,16 +174,17 @@ def find_inner_model(model: nn.Module) -> tuple[str, str] | None:
     return (name, f"{path}.") if isinstance(base, nn.Module) and "AutoModel" in _auto_class_names(name) else None
 
 
-def write_code(model: nn.Module, reference: str, folder: Path) -> None:
-    """Write ``reshape_regrow.py`` and ``modeling_regrow.py``, with a subclass of transformers' class ``reference``."""
-    classes = {reference: ""}  # class of transformers → prefix of its tensors' names
+def write_code(model: nn.Module, origin: Origin, folder: Path) -> None:
+    """Write ``reshape_regrow.py`` and ``modeling_regrow.py``, with subclasses of the classes that ``origin`` names."""
+    classes = {origin.reference: ""}  # class of transformers → prefix of its tensors' names
     if inner := find_inner_model(model):
         classes |= dict([inner])
-    text = read_template("modeling_regrow.py")
+    config = _config_class(origin)
+    text = read_template("modeling_regrow.py") + _CONFIG.format(name=class_name(config), reference=config)
     for name, prefix in classes.items():
         if not name.isidentifier():
             raise ValueError(f"no class is named {name!r}")
-        text += _CLASS.format(name=class_name(name), reference=name)
+        text += _CLASS.format(name=class_name(name), reference=name, config=class_name(config))
         text += _PREFIX.format(prefix=prefix) if prefix else ""
     write_text(folder / "modeling_regrow.py", text)
     write_text(folder / "reshape_regrow.py", read_template("reshape_regrow.py"))
@@ -269,6 +312,7 @@ def check_configuration(origin: Origin, folder: Path, tensors: int) -> None:
             raise StoreError(f"{folder}: {key!r} is {value}, but {tensors} tensors are stored; restore shapes.json")
     try:
         config = parse_configuration(require_file(folder, "config.json").read_text(encoding="utf-8"))
+        config["model_type"] = str(config.get("model_type")).removeprefix(OWN_TYPE)
         difference = next(_differing(config, origin.config), None)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise StoreError(f"{folder}: config.json cannot be read ({first_line(error)}); restore it") from None

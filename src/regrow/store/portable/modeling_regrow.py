@@ -32,6 +32,24 @@ def part(record: dict[str, Any], prefix: str) -> dict[str, Any]:
     return {**within, "attributes": attributes, "dropped": dropped}
 
 
+class OwnType:
+    """A configuration whose file names a model type of its own: without this code transformers refuses the folder.
+
+    Under the family's type it would build the family's class and fill what the files lack with random numbers. In
+    memory the type is the family's, by which transformers and peft choose what they do.
+    """
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the settings in a file under the family's type, and the arguments that are none of them."""
+        settings, others = super().get_config_dict(*args, **kwargs)  # type: ignore[misc, unused-ignore]
+        return {**settings, "model_type": cls.model_type}, others  # type: ignore[attr-defined, unused-ignore]
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return the settings that go into a file."""
+        return {**super().to_diff_dict(), "model_type": f"regrow_{type(self).model_type}"}  # type: ignore[misc, attr-defined, unused-ignore]
+
+
 class Regrown:
     """Gives a class of transformers the widths that ``config.json`` records: ``class New(Regrown, Original)``."""
 
