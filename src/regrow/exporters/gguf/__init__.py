@@ -46,7 +46,7 @@ BLOCK = 32  # numbers of a row that are quantised together
 LEVELS = {"Q8_0": (-127, 127), "Q5_1": (0, 31), "Q5_0": (-16, 15), "Q4_1": (0, 15), "Q4_0": (-8, 7)}
 TYPES = {type.lower(): type for type in ("F32", "BF16", "F16", *LEVELS)}  # dtype → GGUF type
 WIDER = "F16"  # the type of matrices whose row length does not fit
-HEAD = "Q8_0"  # the type of the head, and of an embedding tied to it, where other matrices have fewer bits
+HEADS = {"Q4_0": "Q5_0", "Q4_1": "Q5_0"}  # type of matrices → of the head, and an embedding tied to it, if another
 _CHUNK = 1 << 22  # numbers that are checked at a time: 16 MB in float32
 
 
@@ -75,9 +75,9 @@ def write(
     """Write a GGUF file atomically, read every tensor back, and compare it with the network.
 
     ``dtype``: of matrices, a key of ``TYPES``; ``weights``: name → parameter, if the network has none of their numbers.
-    Only one tensor at a time is held in float32. Norms and biases are stored in float32, the head of a network in 4 or
-    5 bits in Q8_0, matrices whose rows are no whole blocks in F16. Raise ExportError if llama.cpp cannot run the
-    network, CheckError if the file differs from it; ``out`` then stays as it was.
+    Only one tensor at a time is held in float32. Norms and biases are stored in float32, the head of a file in 4 bits
+    in Q5_0, matrices whose rows are no whole blocks in F16. Raise ExportError if llama.cpp cannot run the network,
+    CheckError if the file differs from it; ``out`` then stays as it was.
     """
     try:
         import gguf
@@ -114,7 +114,7 @@ def _list_tensors(decoder: Decoder, type: str, read: Read) -> Iterator[GgufTenso
         """Describe a tensor of the network that is stored in float32."""
         return GgufTensor(name, tuple(values.shape), "F32", lambda: read(values))
 
-    head_type = HEAD if type in LEVELS else type
+    head_type = HEADS.get(type, type)
     yield matrix("token_embd", embedding.shape, lambda: read(embedding), head_type if head is embedding else type)
     if decoder.factors is not None:
         yield plain("rope_freqs.weight", decoder.factors)
@@ -267,7 +267,7 @@ def _explain_types(entries: Sequence[GgufTensor], type: str) -> list[str]:
     counts = Counter(entry.type for entry in entries if len(entry.shape) == 2 and entry.type != type)
     reasons = {
         WIDER: f"their rows are no multiple of {BLOCK}; widths pruned with --round {BLOCK} are",
-        HEAD: "the head, and an embedding tied to it, lose too much in fewer bits",
+        HEADS.get(type): "the head, and an embedding tied to it, lose too much in fewer bits",
     }
     return [f"{counts[wide]} of the matrices in {wide}: {reasons[wide]}" for wide in counts]
 
