@@ -5,17 +5,19 @@ import os
 from copy import deepcopy
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from exporters.deci import File, logits
-from regrow import Plan, apply, export, load, trace, with_branches
+from regrow import Plan, apply, export, load, prune, recover, trace, with_branches
 from regrow.core.axes.operations import Placeholder
 from regrow.exporters import ExportError
 from regrow.exporters import gguf as format
-from regrow.exporters.gguf import encode, write
-from regrow.exporters.gguf.llama_cpp import describe_decoder
+from regrow.exporters.gguf import LEVELS, allowed_error, encode, write
+from regrow.exporters.gguf.llama_cpp import PARTS, describe_decoder
 from regrow.store import save
 from regrow.store.shapes import content_digest
 from regrow.tracing.branches import insert_placeholders
@@ -133,7 +135,17 @@ def test_a_first_layer_without_attention_gets_a_head_of_zeros(tmp_path: Path) ->
     same(model, done.path)
 
 
-@pytest.mark.parametrize("dtype", ["f16", "bf16", "q8_0"])
+QUANTISED = [type.lower() for type in LEVELS]
+FITTING = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+
+
+@pytest.mark.parametrize("dtype", ["f16", "bf16", *QUANTISED])
 def test_types_are_as_near_as_they_can_be(dtype: str, tmp_path: Path) -> None:
     model = llama(2, hidden_size=256, intermediate_size=544, num_attention_heads=4, num_key_value_heads=2, head_dim=64)
     done = write(model, tmp_path / "model.gguf", dtype=dtype)
@@ -142,13 +154,76 @@ def test_types_are_as_near_as_they_can_be(dtype: str, tmp_path: Path) -> None:
         assert file.kinds[f"{name}.weight"] == kind
     assert not any("--round" in note for note in done.notes)
     assert file.kinds["blk.1.ffn_norm.weight"] == "F32"
-    most = {"f16": 3e-4, "bf16": 3e-3, "q8_0": 8e-3}[dtype]
+    most = {"f16": 3e-4, "bf16": 3e-3, "q8_0": 8e-3, "q5_1": 6e-2, "q5_0": 6e-2, "q4_1": 0.12, "q4_0": 0.12}[dtype]
     assert most / 10 < done.checked["relative_rms"] < most
     rows = model.model.layers[1].mlp.gate_proj.weight.detach()
     back = file.tensors["blk.1.ffn_gate.weight"].float()
     if dtype in ("f16", "bf16"):
         assert torch.equal(back, rows.to(torch.float16 if dtype == "f16" else torch.bfloat16).float())
     assert float((back - rows).norm() / rows.norm()) < most
+
+
+@pytest.mark.parametrize("type", LEVELS)
+def test_a_quantised_number_has_its_nearest_value_and_no_other(type: str) -> None:
+    values = np.random.default_rng(0).standard_normal((64, 96)).astype(np.float32)
+    values[0] *= 1e-7  # float16 holds their step as a subnormal number
+    values[1, :64], values[1, 3:5], values[2] = 0, (1, -1), 5.3
+    limit, kind = allowed_error(values, type), gguf.GGMLQuantizationType[type]
+    stored = encode(values, type, gguf)
+    back = gguf.quants.dequantize(stored, kind)
+    assert (np.abs(back - values) <= limit).all()
+    changed = stored.reshape(-1, gguf.GGML_QUANT_SIZES[kind][1]).copy()
+    changed[:, -16:] ^= 0x11 if type != "Q8_0" else 1  # each number of 4 or 5 bits moves by one step, of 8 bits half
+    other = gguf.quants.dequantize(changed.reshape(stored.shape), kind)
+    moved = (other != back)[3:]
+    assert moved.mean() == (0.5 if type == "Q8_0" else 1)
+    assert (np.abs(other - values) > limit)[3:][moved].mean() > 0.97, "others lie between two values"
+    changed = stored.reshape(changed.shape).copy()
+    changed[:, 0] ^= 4  # of the step, 2⁻⁸ or more
+    wrong = np.abs(gguf.quants.dequantize(changed.reshape(stored.shape), kind) - values) > limit
+    assert wrong.reshape(-1, 32)[9:].any(-1).all()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_head_of_a_network_in_four_bits_has_five(tied: bool, tmp_path: Path) -> None:
+    model = llama(1, tie_word_embeddings=tied, **FITTING)
+    for dtype in ("q4_0", "q5_1", "q8_0", "f16"):
+        done = write(model, tmp_path / "model.gguf", dtype=dtype)
+        kinds, wide = File(done.path).kinds, "Q5_0" if dtype == "q4_0" else dtype.upper()
+        assert kinds.pop("token_embd.weight" if tied else "output.weight") == wide
+        assert {kind for name, kind in kinds.items() if "norm" not in name} == {dtype.upper()}
+        assert any("1 of the matrices in Q5_0" in note for note in done.notes) == (dtype == "q4_0")
+
+
+def of_file(model: nn.Module, file: File) -> nn.Module:
+    """A copy with the weights of a file, whose order of rows is undone."""
+    model = deepcopy(model)
+    for i, layer in enumerate(describe_decoder(model).layers):
+        for path, linear in layer.linear.items():
+            rows = file.tensors[f"blk.{i}.{PARTS[path]}.weight"]
+            if heads := {"self_attn.q_proj": layer.heads, "self_attn.k_proj": layer.kv_heads}.get(path):
+                rows = rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+            linear.weight.data = rows.float()
+    model.model.embed_tokens.weight.data = file.tensors["token_embd.weight"].float()
+    model.lm_head.weight.data = file.tensors["output.weight"].float()
+    return model
+
+
+@pytest.mark.parametrize("dtype", ["q4_0", "q4_1"])
+def test_a_pruned_and_recovered_network_is_quantised(dtype: str, tmp_path: Path) -> None:
+    model = llama(2, **FITTING)
+    dense = deepcopy(model)
+    data = torch.randint(0, SMALL["vocab_size"], (16, 12), generator=torch.Generator().manual_seed(0))
+    _, plan = prune(model, data, method="magnitude", only=["mlp"], keep=0.8, round_to=32, batch_size=4)
+    recover(model, dense, plan, data, by="refit")
+    path = export(model, tmp_path / "model.gguf", format="gguf", dtype=dtype).path
+    file = File(path)
+    assert sum(file.per_layer("feed_forward_length")) < 2 * FITTING["intermediate_size"]
+    assert "blk.0.ffn_down.bias" in file.tensors, "the repair was lost"
+    assert {kind for name, kind in file.kinds.items() if "_down.weight" in name} == {dtype.upper()}
+    same(of_file(model, file), path)
+    with torch.no_grad():
+        assert not torch.allclose(logits(path, ids()), model(ids()[None]).logits[0].double(), rtol=1e-3)
 
 
 def test_rows_of_no_whole_blocks_stay_wide(tmp_path: Path) -> None:
@@ -214,7 +289,7 @@ def test_numbers_beyond_half_precision_are_refused_and_the_old_file_stands(tmp_p
     write(model, out, dtype="bf16")
 
 
-@pytest.mark.parametrize("dtype", ["f32", "f16", "q8_0"])
+@pytest.mark.parametrize("dtype", ["f32", "f16", *QUANTISED])
 def test_a_file_that_says_something_else_is_noticed(dtype: str, tmp_path: Path, monkeypatch) -> None:
     model = llama(1, hidden_size=256, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2)
 
@@ -248,7 +323,7 @@ def test_places_and_types_that_make_no_sense(tmp_path: Path) -> None:
         export(model, tmp_path, format="gguf")
     with pytest.raises(ValueError, match="there is no folder"):
         write(model, tmp_path / "no" / "model.gguf")
-    with pytest.raises(ValueError, match="it stores f16, f32, bf16, q8_0"):
+    with pytest.raises(ValueError, match="it stores f16, f32, bf16, q8_0, q5_1, q5_0, q4_1, q4_0"):
         export(model, tmp_path / "model.gguf", format="gguf", dtype="int4")
 
 

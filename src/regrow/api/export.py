@@ -35,8 +35,8 @@ def export(
         format: ``"transformers"`` (a folder for ``from_pretrained``), ``"gguf"`` (a file for llama.cpp), ``"onnx"`` or
             ``"torchvision"`` (a ``state_dict`` and code that builds the network).
         dtype: The dtype in which weights are stored; empty: the first of the format. ``"gguf"``: ``"f16"``, ``"f32"``,
-            ``"bf16"``, ``"q8_0"``; ``"onnx"``: ``"float32"``, ``"int8"``; ``"transformers"``: that of the
-            network, or ``"float32"``, ``"bfloat16"``, ``"float16"``.
+            ``"bf16"``, ``"q8_0"``, ``"q5_1"``, ``"q5_0"``, ``"q4_1"``, ``"q4_0"``; ``"onnx"``: ``"float32"``,
+            ``"int8"``; ``"transformers"``: that of the network, or ``"float32"``, ``"bfloat16"``, ``"float16"``.
         example: The input with which the network is recorded or compared, a tensor, a tuple of inputs, or a dict of
             inputs by name; ``None``: that of a model given by its name or folder, or a guess.
         progress: Called with (steps done, steps in all, what is being done).

@@ -26,7 +26,7 @@ EXPORT_EPILOG = """\b
 Formats
   transformers   a folder that from_pretrained loads without regrow; if layers differ in width, it contains a small
                  modelling file and loads with trust_remote_code=True
-  gguf           a file for llama.cpp; --dtype f16 (default), f32, bf16 or q8_0
+  gguf           a file for llama.cpp; --dtype f16 (default), f32, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0
   onnx           a file for onnxruntime; --dtype int8 quantises the weights
   torchvision    a state_dict, and a Python file that builds the network with torchvision
 

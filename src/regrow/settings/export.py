@@ -21,7 +21,7 @@ class Format:
 
 FORMATS: Mapping[str, Format] = {
     "transformers": Format(("", "float32", "bfloat16", "float16"), ("dtype", "example", "card")),
-    "gguf": Format(("f16", "f32", "bf16", "q8_0"), ("dtype", "weights"), ".gguf"),
+    "gguf": Format(("f16", "f32", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"), ("dtype", "weights"), ".gguf"),
     "onnx": Format(("float32", "int8"), ("dtype", "example"), ".onnx"),
     "torchvision": Format(("",), ("card",)),
 }

@@ -41,9 +41,12 @@ Read = Callable[[Tensor], Tensor]  # a tensor of the network → its numbers
 Floats: TypeAlias = NDArray[np.float32]
 Encoded: TypeAlias = NDArray[np.float32 | np.float16 | np.uint8]
 
-TYPES = {"f32": "F32", "bf16": "BF16", "f16": "F16", "q8_0": "Q8_0"}  # dtype → GGUF type
-BLOCK = {"Q8_0": 32}  # GGUF type → what the row length must be a multiple of
+BLOCK = 32  # numbers of a row that are quantised together
+# Quantised type → the lowest and highest multiple of a block's step; where 0 is the lowest, of the block's least number
+LEVELS = {"Q8_0": (-127, 127), "Q5_1": (0, 31), "Q5_0": (-16, 15), "Q4_1": (0, 15), "Q4_0": (-8, 7)}
+TYPES = {type.lower(): type for type in ("F32", "BF16", "F16", *LEVELS)}  # dtype → GGUF type
 WIDER = "F16"  # the type of matrices whose row length does not fit
+HEADS = {"Q4_0": "Q5_0", "Q4_1": "Q5_0"}  # type of matrices → of the head, and an embedding tied to it, if another
 _CHUNK = 1 << 22  # numbers that are checked at a time: 16 MB in float32
 
 
@@ -53,7 +56,7 @@ class GgufTensor:
 
     name: str
     shape: tuple[int, ...]
-    type: str  # "F32", "F16", "BF16" or "Q8_0"
+    type: str  # a value of TYPES
     read: Callable[[], Tensor]  # returns the numbers, with rows in llama.cpp's order
 
     def read_floats(self) -> Floats:
@@ -71,10 +74,10 @@ def write(
 ) -> ExportResult:
     """Write a GGUF file atomically, read every tensor back, and compare it with the network.
 
-    ``dtype``: of matrices (``"f32"``, ``"bf16"``, ``"f16"``, ``"q8_0"``); ``weights``: name → parameter, if the network
-    has none of their numbers. Only one tensor at a time is held in float32. Norms and biases are stored in float32,
-    matrices whose row length does not fit the type (Q8_0: multiples of 32) in F16. Raise ExportError if llama.cpp
-    cannot run the network, CheckError if the file differs from it; ``out`` then stays as it was.
+    ``dtype``: of matrices, a key of ``TYPES``; ``weights``: name → parameter, if the network has none of their numbers.
+    Only one tensor at a time is held in float32. Norms and biases are stored in float32, the head of a file in 4 bits
+    in Q5_0, matrices whose rows are no whole blocks in F16. Raise ExportError if llama.cpp cannot run the network,
+    CheckError if the file differs from it; ``out`` then stays as it was.
     """
     try:
         import gguf
@@ -100,17 +103,19 @@ def write(
 
 def _list_tensors(decoder: Decoder, type: str, read: Read) -> Iterator[GgufTensor]:
     """Yield every tensor of the file, in order; ``type``: of matrices; ``read``: tensor of the network → numbers."""
-    width, embedding = len(decoder.norm), decoder.embedding
+    width, embedding, head = len(decoder.norm), decoder.embedding, decoder.head
 
-    def matrix(name: str, shape: Sequence[int], values: Callable[[], Tensor]) -> GgufTensor:
+    def matrix(name: str, shape: Sequence[int], values: Callable[[], Tensor], type: str = type) -> GgufTensor:
         """Describe a matrix, of ``type`` if its rows fit."""
-        return GgufTensor(f"{name}.weight", tuple(shape), WIDER if shape[1] % BLOCK.get(type, 1) else type, values)
+        fits = type not in LEVELS or shape[1] % BLOCK == 0
+        return GgufTensor(f"{name}.weight", tuple(shape), type if fits else WIDER, values)
 
     def plain(name: str, values: Tensor) -> GgufTensor:
         """Describe a tensor of the network that is stored in float32."""
         return GgufTensor(name, tuple(values.shape), "F32", lambda: read(values))
 
-    yield matrix("token_embd", embedding.shape, lambda: read(embedding))
+    head_type = HEADS.get(type, type)
+    yield matrix("token_embd", embedding.shape, lambda: read(embedding), head_type if head is embedding else type)
     if decoder.factors is not None:
         yield plain("rope_freqs.weight", decoder.factors)
     for i, layer in enumerate(decoder.layers):
@@ -133,8 +138,8 @@ def _list_tensors(decoder: Decoder, type: str, read: Read) -> Iterator[GgufTenso
                     shape = (width, size) if path.endswith(("o_proj", "down_proj")) else (size, width)
                     yield matrix(name, shape, partial(torch.zeros, shape))
     yield plain("output_norm.weight", decoder.norm)
-    if decoder.head is not embedding:
-        yield matrix("output", decoder.head.shape, lambda: read(decoder.head))
+    if head is not embedding:
+        yield matrix("output", head.shape, lambda: read(head), head_type)
 
 
 def _read_permuted(decoder: Decoder, layer: DecoderLayer, path: str, read: Read, tensor: Tensor) -> Tensor:
@@ -258,12 +263,13 @@ def _round_to(values: Floats, type: str) -> Floats:
 
 
 def _explain_types(entries: Sequence[GgufTensor], type: str) -> list[str]:
-    """Return a note for the user if matrices are stored in another type than ``type``, the requested one; else []."""
-    matrices = [entry.type for entry in entries if len(entry.shape) == 2]
-    if not (wider := len(matrices) - matrices.count(type)):
-        return []
-    rows = f"their rows are no multiple of {BLOCK[type]}; widths pruned with --round {BLOCK[type]} are"
-    return [f"{wider} of {len(matrices)} matrices are {WIDER}: {rows}"]
+    """Return notes for the user on matrices that are stored in another type than ``type``, the requested one."""
+    counts = Counter(entry.type for entry in entries if len(entry.shape) == 2 and entry.type != type)
+    reasons = {
+        WIDER: f"their rows are no multiple of {BLOCK}; widths pruned with --round {BLOCK} are",
+        HEADS.get(type): "the head, and an embedding tied to it, lose too much in fewer bits",
+    }
+    return [f"{counts[wide]} of the matrices in {wide}: {reasons[wide]}" for wide in counts]
 
 
 def encode(values: Floats, type: str, gguf: ModuleType) -> Encoded:
@@ -275,11 +281,19 @@ def encode(values: Floats, type: str, gguf: ModuleType) -> Encoded:
 def allowed_error(values: Floats, type: str) -> Floats | None:
     """Return the largest allowed quantisation error of each number; ``None``: the type must round exactly.
 
-    With the largest magnitude m in a block, Q8_0 rounds to steps of m/127, an error of m/254, and its float16 scale
-    adds an error of 2⁻¹¹ m, or 127 · 2⁻²⁵ if it is subnormal.
+    Each block of 32 numbers has a base b (its least number in Q4_1 and Q5_1, else 0) and a step s, such that the number
+    e farthest from b lies on the grid b + q·s of the type's whole numbers q (``LEVELS``). A number x may be off by its
+    distance to that grid, and by what rounding s and b to float16 adds: min over q of |x - b - q·s| + (|e - b| + |b|) ·
+    (2⁻¹¹ + 2⁻²⁰) + (1 + max |q|) · 2⁻²⁵, where 2⁻²⁰ is for float32 and 2⁻²⁵ for subnormal float16.
     """
-    if type not in BLOCK:
+    if type not in LEVELS:
         return None
-    blocks = values.reshape(-1, BLOCK[type])
-    largest = np.abs(blocks).max(-1, keepdims=True)
-    return np.broadcast_to(largest * (1 / 254 + 2**-11) + 127 * 2.0**-25, blocks.shape).reshape(values.shape)
+    low, high = LEVELS[type]
+    blocks = values.reshape(-1, BLOCK)
+    base = blocks.min(-1, keepdims=True) if low == 0 else np.zeros((1, 1), np.float32)
+    above = blocks - base
+    farthest = np.take_along_axis(above, np.abs(above).argmax(-1, keepdims=True), -1)
+    step = farthest / (low or high)
+    nearest = np.rint(np.divide(above, step, out=np.zeros_like(above), where=step != 0)).clip(low, high) * step
+    scales = (np.abs(farthest) + np.abs(base)) * (2**-11 + 2**-20) + (1 + max(-low, high)) * 2.0**-25
+    return (np.abs(above - nearest) + scales).reshape(values.shape)
