@@ -4,16 +4,18 @@
     python recipes/quantised.py --show
 
 Each file is written, its weights are read back into the network, and that is measured in bfloat16 on the text of
-``unseen.py``. SmolLM2-135M comes from a 4-bit file, which the same grid stores without loss. So networks are also
-measured *rotated*: gains of norms are multiplied into the next layers and the residual stream is turned by a random
-orthogonal matrix, which changes weights and not the function. A rotated network needs a head of its own; it is counted
-once with its embedding, as in the other files. ``head``: the type of both. A row per network, rotation and types.
+``unseen.py``. SmolLM2-135M comes from a 4-bit file (Q4_1), which the same grid stores without loss. So networks are
+also measured with other weights of the same function. *rescaled*: channels that norms or linear layers feed are
+multiplied by random factors from 0.7 to 1.4, what feeds them is divided. *rotated*: gains of norms are multiplied into
+the next layers, and the residual stream is turned by a random orthogonal matrix. That needs a head of its own; it is
+counted once with its embedding, as in the other files. ``head``: the type of both.
 
 ``lost``: nats per token more than the dense network in f16, with the standard error over domains. ``beside``: the best
-dense file, rotated likewise, that is at most 1.5 % larger, and how many nats more the row loses, paired by domain.
+dense file of such weights that is at most 1.5 % larger, and how many nats more the row loses, paired by domain.
 """
 
 import tempfile
+from collections.abc import Callable
 from copy import deepcopy
 from itertools import product
 from pathlib import Path
@@ -42,6 +44,28 @@ DTYPES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "f16")
 
 
 @no_grad()
+def rescale(model: Any, seed: int = 0) -> None:
+    """Multiply channels of a Llama-like network by random factors, and divide what feeds them; its function stays."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for norm, readers in (
+            (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+            (layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
+        ):
+            factors = 2 ** (torch.rand(len(norm.weight), generator=generator) - 0.5)
+            norm.weight.div_(factors)
+            for linear in readers:
+                linear.weight.mul_(factors)
+        groups = attention.num_key_value_groups
+        for linear, reader, repeats in ((mlp.up_proj, mlp.down_proj, 1), (attention.v_proj, attention.o_proj, groups)):
+            factors = 2 ** (torch.rand(len(linear.weight), generator=generator) - 0.5)
+            linear.weight.div_(factors[:, None])
+            heads = factors.view(-1, attention.head_dim if repeats > 1 else 1)
+            reader.weight.mul_(heads.repeat_interleave(repeats, 0).flatten())
+
+
+@no_grad()
 def rotate(model: Any, seed: int = 0) -> None:
     """Turn the residual stream of a Llama-like network by a random orthogonal matrix; its function stays."""
     width = model.config.hidden_size
@@ -63,6 +87,9 @@ def rotate(model: Any, seed: int = 0) -> None:
         norm.weight.fill_(1)
     embedding = model.model.embed_tokens.weight
     embedding.copy_(embedding.double() @ turn)
+
+
+WEIGHTS: dict[str, Callable[[Any], object]] = {"stored": lambda model: None, "rescaled": rescale, "rotated": rotate}
 
 
 @no_grad()
@@ -105,29 +132,28 @@ def summarise(row: Row, known: list[Row]) -> list[object]:
 
     dense = [other for other in known if other["command"] == "dense" and other is not row]
     whole = next((other for other in dense if other["dtype"] == "f16"), row)
-    smaller = [b for b in dense if b["rotated"] == row["rotated"] and b["bytes"] <= 1.015 * row["bytes"]]
+    smaller = [b for b in dense if b["weights"] == row["weights"] and b["bytes"] <= 1.015 * row["bytes"]]
     best = min(smaller, key=lambda other: sum(other["nats"].values()), default=None)
-    cells = [row["command"], row["rotated"], row["dtype"], row["head"], f"{row['bytes'] / 1e6:.1f}"]
+    cells = [row["command"], row["weights"], row["dtype"], row["head"], f"{row['bytes'] / 1e6:.1f}"]
     beside = f"{best['dtype']}, {best['head']}: {compare(row, best)}" if best else ""
     return [*cells, compare(row, whole), beside]
 
 
 def main() -> None:
     """Measure what has no row yet."""
-    args = arguments(__doc__, OUT, texts=Path, runs=["dense"], dtypes=[*DTYPES], heads=["Q5_0"], rotated=[0, 1])
+    args = arguments(__doc__, OUT, texts=Path, runs=["dense"], dtypes=[*DTYPES], heads=["Q5_0"], weights=(*WEIGHTS,))
     known = rows(args.out)
     if args.texts and not args.show:
         loaded, texts = load_named("smollm2-135m"), corpora.texts(args.texts)
         options = {"n": 16, "seq_len": 512, "seed": 0, "half": Half.EVALUATION}
         sources = {name: windows(texts[name](), loaded.tokenizer, **options) for name in DOMAINS}
-        for rotated, run in product(args.rotated, args.runs):
+        for weights, run in product(args.weights, args.runs):
             model = deepcopy(loaded.model) if run == "dense" else load(run)
             command = run if run == "dense" else RunFolder.open(run).read_record()["command"].split(" --out")[0]
-            if rotated:
-                rotate(model)
+            WEIGHTS[weights](model)
             for dtype, head in product(args.dtypes, args.heads):
                 head = head if dtype.startswith(("q4", "q5")) else dtype.upper()
-                kinds = {"rotated": bool(rotated), "dtype": dtype, "head": head}
+                kinds = {"weights": weights, "dtype": dtype, "head": head}
                 if any(row["command"] == command and kinds.items() <= row.items() for row in known):
                     continue
                 with tempfile.TemporaryDirectory() as folder:
@@ -136,8 +162,8 @@ def main() -> None:
                     nats = {name: round(perplexity(changed, source).mean, 4) for name, source in sources.items()}
                 known.append(add(args.out, {"command": command, **kinds, "bytes": size, "nats": nats}))
                 print(known[-1], flush=True)
-    columns = ["network", "rotated", "dtype", "head", "MB", "lost", "beside"]
-    known.sort(key=lambda row: (row["rotated"], row["bytes"]))
+    columns = ["network", "weights", "dtype", "head", "MB", "lost", "beside"]
+    known.sort(key=lambda row: (row["weights"], row["bytes"]))
     print(*table(columns, [summarise(row, known) for row in known]), sep="\n")
 
 
