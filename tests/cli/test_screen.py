@@ -94,6 +94,21 @@ def test_a_table_breaks_between_words_before_it_breaks_within_them(monkeypatch: 
     assert ("permuted:digits:5," in words) == (width > 60), "a long value breaks before a header does"
 
 
+def test_a_step_that_comes_again_has_a_time_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(screen, "LINE_SECONDS", 0.05)
+    clock = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    with screen.show_lines() as tell:
+        for now in (0.0, 400.0):
+            clock[0] = now
+            tell(0, 1, "timing")
+            time.sleep(0.2)
+            tell(0, 1, "pruning")
+    assert "timing …, 0 s so far" in (told := capsys.readouterr().err) and "timing …, 400" not in told, told
+
+
 def test_an_error_is_printed_although_printing_was_interrupted_before(capsys: pytest.CaptureFixture[str]) -> None:
     screen.err._enter_buffer()  # Ctrl-C came before it was left
     try:

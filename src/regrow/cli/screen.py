@@ -171,6 +171,8 @@ def show_lines(what: str = "starting") -> Iterator[Progress]:
         task = tasks.get(key)
         if task is None or done < task.done:
             task = tasks[key] = _Task(done)
+        elif total <= 1 and task is not latest[0]:  # the same step again, later
+            task.began = time.monotonic()
         task.done = done
         latest = (task, done, total, what)
 

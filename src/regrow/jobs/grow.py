@@ -248,6 +248,7 @@ def _train(settings: Settings, inputs: GrowInputs, run: ActiveRun, plan: Plan) -
     def measure_loss() -> float:
         if not record.is_kept:
             return 0.0
+        run.progress(0, 1, "measuring the loss on the training data")
         with preserve_random_state(generator for source in sources for generator in source.generators):
             return measure_mean_loss(model, sources, inputs.objective)
 
