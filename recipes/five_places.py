@@ -9,6 +9,7 @@ transformers` makes of it. The prompts are windows of real text of four kinds, f
 place: of how many prompts the next token is another one and by how much torch prefers its own, the largest difference
 of a logit where the place gives logits, and how many of the first prompts go on with the same words. `uses` tells what
 else was done with the run folder in transformers, and how that went. A place that fails is told by its last line.
+llama.cpp is kept from ending a text; the other places go on after its end.
 """
 
 import json
