@@ -153,7 +153,10 @@ def test_usage_errors_name_the_help(regrow: Run) -> None:
         assert code == 2 and says in err and len(err.splitlines()) == 1
 
 
-ELSEWHERE = {"--include", "--no-deps", "--no-python", "--nproc-per-node"}
+ELSEWHERE = {
+    *("--include", "--no-deps", "--no-python", "--nproc-per-node"),
+    *("--model-impl", "--trust-remote-code"),  # of vLLM
+}
 """Options of other programs that messages name."""
 
 
