@@ -153,8 +153,8 @@ def prune_network(
         opened = replace(opened, settings=settings, axes=axes, data=data)
         job = PruneJob(settings, method, budget, opened, run, must_fit=bool(asked.reconstruct), choice=choice)
         plan, notes = job.plan()
-        is_text = settings.reconstruct and network.loaded.tokenizer is not None
-        if cuts and choice and is_text and "calibrate" not in recorded.get("seconds", ()):
+        is_text = opened.specs is not None and network.loaded.tokenizer is not None  # which can be counted
+        if cuts and choice and is_text and settings.reconstruct and "calibrate" not in recorded.get("seconds", ()):
             job.announce_minutes_left()
         if cuts and (run.ranks.leads or network.loaded.tokenizer is not None):  # rank 0 needs no help with other data
             notes += job.cut(plan)
