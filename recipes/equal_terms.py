@@ -17,7 +17,7 @@ and ``default`` (what ``regrow prune`` does without ``--method``, without roundi
 
 Weights are float32, passes bfloat16 where the processor computes in it. ``--texts`` is the folder of ``corpora.py``. A
 row is written per cut; what is there is not computed again. Differences are paired by domain; ± is the standard error
-over the domains of a fold, whose windows are not independent.
+over domains, since windows of one are not independent. The first arm that needs a measurement has its seconds.
 """
 
 import copy
@@ -260,14 +260,13 @@ def show(every: Sequence[Row]) -> Iterator[str]:
         own = {(row["fold"], row["sample"]): lost(row, every) for row in same if row["arm"] == arm}
         rival = {(row["fold"], row["sample"]): lost(row, every) for row in same if row["arm"] == "flap"}
         pairs = [{name: own[at][name] - rival[at][name] for name in own[at]} for at in own if at in rival]
-        seconds = fmean(row["seconds"] for row in same if row["arm"] == arm)
         kept = fmean(row["kept"] for row in same if row["arm"] == arm)
         against = average(pairs) if pairs and arm != "flap" else ""
         lines.append(
             [model, keep, text, "yes" if fit else "no", arm, len(own), f"{kept:.3f}", average([*own.values()])]
         )
-        lines[-1] += [against, f"{seconds:.0f}"]
-    columns = ["model", "keep", "text", "fit", "arm", "cuts", "kept", "nats lost", "against `flap`", "seconds"]
+        lines[-1].append(against)
+    columns = ["model", "keep", "text", "fit", "arm", "cuts", "kept", "nats lost", "against `flap`"]
     yield from table(columns, lines)
 
 
