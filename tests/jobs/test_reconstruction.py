@@ -3,6 +3,7 @@
 import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,18 +62,18 @@ def test_the_cut_is_checked_then_reconstructed_then_measured(tmp_path: Path) -> 
     assert undone[0].read_bytes() == undone[1].read_bytes()
 
 
-@pytest.mark.parametrize(("reconstruct", "fitted"), [(None, 48), (True, 320)])
-def test_memory_of_the_default_does_not_grow_with_the_data(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reconstruct: bool | None, fitted: int
+@pytest.mark.parametrize("options", [{}, {"method": "fisher", "reconstruct": True}], ids=["default", "named"])
+def test_memory_does_not_grow_with_the_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
     monkeypatch.setattr(pruning_inputs, "MOST_FITTED", 8 * 40)
     monkeypatch.setattr(pruning_inputs, "FEWEST_FITTED", 16)
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 4))
     data = torch.randn(320, 8), torch.randint(4, (320,))
-    regrow.prune(net, data, keep=0.5, batch_size=16, reconstruct=reconstruct, out=tmp_path / "run")
+    regrow.prune(net, data, keep=0.5, batch_size=16, out=tmp_path / "run", **options)
     rows = RunFolder.open(tmp_path / "run").metrics()
-    assert [row["tokens"] for row in rows if row["what"] == "reconstruction"] == [fitted]
+    assert [row["tokens"] for row in rows if row["what"] == "reconstruction"] == [48]
 
 
 def test_a_reconstruction_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path) -> None:

@@ -241,7 +241,7 @@ class PruneJob:
                     tune.recalibrate_changed(model, plan, self.inputs.data.calibration)
                     unreconstructed = self._measure(after, "cut")
             sources = self.inputs.data.calibration
-            if not self.must_fit and network.loaded.tokenizer is None:
+            if network.loaded.tokenizer is None:
                 sources = tuple(map(take_for_fit, sources))
             with run.stage("reconstruct"):
                 try:

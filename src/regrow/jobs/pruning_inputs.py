@@ -32,7 +32,7 @@ from regrow.settings.prune import Settings
 from regrow.store import statistics
 from regrow.store.run_record import convert_settings
 
-# Without ``--reconstruct``, image networks are fitted on about as many input values, and on as many examples at least.
+# Networks that read no text are fitted on about as many input values, and on as many examples at least.
 MOST_FITTED, FEWEST_FITTED = 2**22, 128
 
 
