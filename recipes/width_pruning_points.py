@@ -172,7 +172,7 @@ def level(row: Row, names: Sequence[str] = ()) -> float:
     return fmean(value for name in names or row["nll"] for value in row["nll"][name])
 
 
-LEARNED = {"base": "flap", "steps": 12, "every": 12}
+LEARNED = {"base": "flap", "steps": 12, "every": 12, "switch": "blend"}
 BASE_ORDER = {"partition": "layer", "switch": "never"}
 FISHER, RANKED = "fisher uniform, MLP neurons, outer blocks unpruned", "fisher ranked, all units"
 MEASURED_FISHER = {"fisher, measured allocation, all units": "", "fisher, measured allocation, MLP neurons": "mlp"}
@@ -274,7 +274,7 @@ def named(rows: Sequence[Row], names: Mapping[str, tuple[str, Mapping[str, Any]]
 # --- the stages of GPrune, each alone, and with three base metrics --------------------------------------------------
 
 NO_STAGE = "no stage (base order, outer blocks unpruned)"
-UNLEARNED: Mapping[str, Any] = {"base": "flap", "steps": 0, "start": "inner"}
+UNLEARNED: Mapping[str, Any] = {"base": "flap", "steps": 0, "start": "inner", "switch": "blend"}
 STAGES: Mapping[str, Mapping[str, Any]] = {
     NO_STAGE: BASE_ORDER,
     "modules, never switch": {"switch": "never"},

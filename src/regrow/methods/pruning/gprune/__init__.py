@@ -2,11 +2,11 @@
 
 Reconstructed from the abstracts: the paper's formulas could not be obtained, every formula and default here is ours.
 A wrapper around a base metric: (1) measure how far a unit's rank moves between sources; (2) form modules of units with
-similar sensitivity and score; (3) the more sensitive and weak a module is, the more it is ordered by a metric without
-activations; (4) learn the pruning ratio of each module under the exact budget: the order in a module is fixed, masks
-are straight-through, the loss is the divergence from the dense network, and the best allocation on held-out text is
-kept, the base method's own and that of unpruned first and last blocks among them. On unseen text partition and
-learning gain nothing over that last allocation, the switch a little: see docs/reproductions/gprune.md.
+similar sensitivity and score; (3) order the most sensitive and weak modules by a metric without activations (or mix
+both orders, ``switch=blend``); (4) learn the pruning ratio of each module under the exact budget: the order in a module
+is fixed, masks are straight-through, the loss is the divergence from the dense network, and the best allocation on
+held-out text is kept, the base method's own and that of unpruned first and last blocks among them. On unseen text
+partition and learning gain nothing over that last allocation, the mixture a little: see docs/reproductions/gprune.md.
 """
 
 import math
@@ -70,7 +70,7 @@ class Settings(CheckedSettings):
             between sources from sampling noise.
         partition: How units are grouped into modules: ``thresholds``, ``random`` or ``layer``; see
             :func:`~.modules.partition`.
-        switch: Which modules are ordered without activations: ``blend``, ``even``, ``unreliable``, ``never``,
+        switch: Which modules are ordered without activations: ``unreliable``, ``blend``, ``even``, ``never``,
             ``always`` or ``reversed``; see :func:`~.modules.compute_reliability`.
         switch_most: The largest fraction of units that ``unreliable`` and ``reversed`` may switch.
         instead: The metric that orders switched modules: ``peaks`` (peak to peak of a unit's rows) or ``weights`` (the
@@ -94,7 +94,7 @@ class Settings(CheckedSettings):
     base: Annotated[str, OneOf("flap", "wanda_sp", "llm_pruner", "magnitude", "fisher")] = "flap"
     shards: Count = 4
     partition: Annotated[str, OneOf("thresholds", "random", "layer")] = "thresholds"
-    switch: Annotated[str, OneOf("unreliable", "blend", "even", "never", "always", "reversed")] = "blend"
+    switch: Annotated[str, OneOf("unreliable", "blend", "even", "never", "always", "reversed")] = "unreliable"
     switch_most: Fraction = 0.25
     instead: Annotated[str, OneOf("peaks", "weights")] = "peaks"
     start: Annotated[str, OneOf("base", "inner", "uniform", "best")] = "best"
