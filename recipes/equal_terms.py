@@ -38,8 +38,10 @@ from slicing import slice_stream
 from torch import Tensor, nn
 
 from regrow import apply, trace
+from regrow.core.axes import AxisGraph
 from regrow.core.budget import Budget
 from regrow.core.names import GENERATED
+from regrow.core.plan import Plan
 from regrow.core.process_memory import return_memory
 from regrow.core.scores import Evidence, Need, Scores
 from regrow.core.sources import Source
@@ -179,6 +181,20 @@ class Bench:
         with autocasting(network, self.precision):
             return {test.name: round(perplexity(network, test).mean, 5) for test in tests}
 
+    def prune(self, arm: Arm, keep: float, fold: int, sample: int, text: str) -> tuple[nn.Module, AxisGraph, Plan]:
+        """Return a cut copy of the model, its axes, and the cut."""
+        sources = self.calibration(fold, sample, text)
+        pruner, at = make_pruner(arm, sample), (fold, sample, text)
+        key = at, pruner.needs - {Need.WEIGHTS} | {Need.ACTIVATIONS}, pruner.shards
+        if key not in self.evidence:
+            self.evidence = {one: value for one, value in self.evidence.items() if one[0] == at}
+            with autocasting(self.model, self.precision):
+                needs = replace(pruner, needs=key[1])
+                self.evidence[key] = collect_evidence(self.model, self.axes, needs, sources, batch_size=BATCH)
+        with autocasting(self.model, self.precision):
+            plan = plan_cut(pruner, self.model, self.axes, Budget(keep, only=arm.only), self.evidence[key]).plan
+        return *apply(copy.deepcopy(self.model), self.axes, plan), plan
+
     def cut(self, arm: str, keep: float, fold: int, sample: int, text: str) -> Iterator[Row]:
         """Yield the rows of an arm: as it is cut, and fitted."""
         own, sources, start = ARMS[arm], self.calibration(fold, sample, text), time.perf_counter()
@@ -189,16 +205,7 @@ class Bench:
             seconds = round(time.perf_counter() - start, 1)
             yield {"fit": True, "kept": keep, "seconds": seconds, "nats": self.measure(network, fold)}
             return
-        pruner, at = make_pruner(own, sample), (fold, sample, text)
-        key = at, pruner.needs - {Need.WEIGHTS} | {Need.ACTIVATIONS}, pruner.shards
-        if key not in self.evidence:
-            self.evidence = {one: value for one, value in self.evidence.items() if one[0] == at}
-            with autocasting(self.model, self.precision):
-                needs = replace(pruner, needs=key[1])
-                self.evidence[key] = collect_evidence(self.model, self.axes, needs, sources, batch_size=BATCH)
-        with autocasting(self.model, self.precision):
-            plan = plan_cut(pruner, self.model, self.axes, Budget(keep, only=own.only), self.evidence[key]).plan
-        network, after = apply(copy.deepcopy(self.model), self.axes, plan)
+        network, after, plan = self.prune(own, keep, fold, sample, text)
         counts = [
             sum(p.numel() for name, p in one.named_parameters() if name in axes.counted)
             for one, axes in ((network, after), (self.model, self.axes))
@@ -272,7 +279,7 @@ def show(every: Sequence[Row]) -> Iterator[str]:
 
 def main() -> None:
     """Compute, or print the table."""
-    which = {"keep": [0.8], "fold": [0, 1], "sample": [0], "text": tuple(WINDOWS), "arm": tuple(ARMS)}
+    which: dict[str, Any] = {"keep": [0.8], "fold": [0, 1], "sample": [0], "text": tuple(WINDOWS), "arm": tuple(ARMS)}
     args = arguments(__doc__, OUT, model="smollm2-135m", texts=Path("texts"), **which)
     if args.show:
         print(*show(rows(args.out)), sep="\n")
