@@ -41,14 +41,14 @@ def limit_removal(gates: Gates, masks: GateMasks, allowed: float, bare: bool = T
     order = removed[margins[removed].argsort(descending=True)].tolist()
 
     def is_too_large(count: int) -> bool:
-        return float(gates.levels.size(*_set_masks(gates, masks, order[:count], 1.0), masks.weights)) > allowed
+        return float(gates.levels.size(*set_masks(gates, masks, order[:count], 1.0), masks.weights)) > allowed
 
     most = bisect_left(range(1, len(order) + 1), True, key=is_too_large)  # pricing everything takes long
-    ops, filters = _set_masks(gates, masks, order[:most], 1.0)
+    ops, filters = set_masks(gates, masks, order[:most], 1.0)
     return replace(masks, ops=ops, filters=filters)
 
 
-def _set_masks(gates: Gates, masks: GateMasks, indices: Sequence[int], value: float) -> tuple[Tensor, Tensor]:
+def set_masks(gates: Gates, masks: GateMasks, indices: Sequence[int], value: float) -> tuple[Tensor, Tensor]:
     """Return copies of the masks of operations and filters, set to ``value`` at ``indices``; tied operations follow.
 
     An index below the number of operations is one of an operation; those after it count filters.
@@ -105,7 +105,7 @@ def least_cost(gates: Gates, searched: Collection[str]) -> float:
     return float(levels.size(ops, filters, weights))
 
 
-def _operation_prices(gates: Gates) -> Tensor:
+def operation_prices(gates: Gates) -> Tensor:
     """Return the cost of each operation with those tied to it, ``[operations]``; ∞ if it is dropped or does not run."""
     running = gates.alive & gates.runs
     each = torch.where(running, gates.prices(), 0.0)
@@ -114,7 +114,7 @@ def _operation_prices(gates: Gates) -> Tensor:
 
 def _select_cheapest(gates: Gates) -> Tensor:
     """Return a mask, ``[operations]``: 1 for the cheapest of each set of which one must stay, and what does not run."""
-    prices = _operation_prices(gates)
+    prices = operation_prices(gates)
     ops = prices.new_zeros(len(gates.ops), dtype=torch.float32)
     for needed in gates.needed:
         if not ops[needed].any():
@@ -152,14 +152,14 @@ def fit_to_budget(
         return ops, filters, removed & active
     # Margins of a level that is not searched are all 1.
     searches_ops, searches_filters = (bool((margin != 1).any()) for margin in masks.margins)
-    removable = [len(ops) + i for i in _removable_filters(gates, filters, masks.margins[1])] if searches_filters else []
+    removable = [len(ops) + i for i in removable_filters(gates, filters, masks.margins[1])] if searches_filters else []
     removable += _removable_operations(gates, ops, masks.margins[0]) if searches_ops else []
 
     def fits(count: int) -> bool:
-        return float(gates.levels.size(*_set_masks(gates, masks, removable[:count], 0.0))) <= target
+        return float(gates.levels.size(*set_masks(gates, masks, removable[:count], 0.0))) <= target
 
     fewest = bisect_left(range(len(removable) + 1), True, key=fits)  # pricing everything takes long
-    ops, filters = _set_masks(gates, masks, removable[:fewest], 0.0)
+    ops, filters = set_masks(gates, masks, removable[:fewest], 0.0)
     if searches_ops and size() > target:
         ops = _exchange_operations(gates, masks.ops, (ops, filters), masks.margins[0], target)
     if size() > target:
@@ -180,7 +180,7 @@ def _removable_operations(gates: Gates, ops: Tensor, margin: Tensor) -> list[int
     return order
 
 
-def _removable_filters(gates: Gates, filters: Tensor, margin: Tensor) -> list[int]:
+def removable_filters(gates: Gates, filters: Tensor, margin: Tensor) -> list[int]:
     """Return the indices of filters of mask ``filters`` that can be removed in turn, the lowest ``margin`` first."""
     axis = [i for i, (_, size, _) in enumerate(gates.spans) for _ in range(size)]
     active = (filters > 0).tolist()
@@ -203,7 +203,7 @@ def _exchange_operations(
     that can replace them, until the target is met or all are the cheapest; then the former operations are put back
     where they fit, those of the highest margin first.
     """
-    ops, filters, prices = masks[0].clone(), masks[1], _operation_prices(gates)
+    ops, filters, prices = masks[0].clone(), masks[1], operation_prices(gates)
 
     def fits(ops: Tensor) -> bool:
         return float(gates.levels.size(ops, filters)) <= target

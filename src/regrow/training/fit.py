@@ -115,6 +115,7 @@ def fit(
         past = tuple(earlier.task for earlier in phases[: state.number])
         context = Context(model, axes, phase.task, state.number, state.epoch, len(phase.epochs), steps, phase.classes)
         context = replace(context, seed=schedule.seed, past=past, undo=options.undo, log=log, objective=phase.objective)
+        context = replace(context, make_optimizer=schedule.make_optimizer)
         training = _TaskTraining(phases, learner, schedule, options, state, context, log)
         training.run()
         model, axes, state = training.context.model, training.context.axes, training.state

@@ -56,6 +56,7 @@ class Stream(IntEnum):
     ALPHA = 11
     HELD_OUT = 12
     HELD_OUT_ORDER = 13
+    TRIALS = 14
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +79,7 @@ class Context:
         undo: The store of what earlier plans removed from the network, for learners that restore units.
         log: Records a row of measurements: ``log(kind, column=value, …)``.
         objective: What the network is trained for.
+        make_optimizer: Makes an optimizer of parameter groups like the one that trains; ``None`` outside training.
     """
 
     model: nn.Module
@@ -95,6 +97,7 @@ class Context:
     undo: UndoStore | None = None
     log: Log = discard
     objective: Objective = CLASSIFICATION
+    make_optimizer: Callable[[Any], torch.optim.Optimizer] | None = None
 
     @property
     def training(self) -> bool:

@@ -44,6 +44,14 @@ class Schedule(CheckedSettings):
     # From parameter groups to an optimizer of the user's own, which replaces the first three fields.
     build_optimizer: Callable[[Any], torch.optim.Optimizer] | None = None
 
+    def make_optimizer(self, groups: Any) -> torch.optim.Optimizer:
+        """Return a new optimizer of parameter groups, with the largest learning rate."""
+        if self.build_optimizer is not None:
+            return self.build_optimizer(groups)
+        if self.optimizer == "adamw":
+            return torch.optim.AdamW(groups, lr=self.lr, weight_decay=self.weight_decay)
+        return torch.optim.SGD(groups, lr=self.lr, momentum=0.9, nesterov=True, weight_decay=self.weight_decay)
+
     def lr_factor(self, step: int, steps: int) -> float:
         """Return the learning rate of a step (from 0; ``steps``: their number) as a fraction of the largest one.
 
@@ -94,14 +102,7 @@ class Optimizers:
     def __init__(self, schedule: Schedule, learner: Learner[Any]) -> None:
         self.scheduled = learner.scheduled
         groups: list[dict[str, Any]] = [{"params": []}]
-        lr, decay = schedule.lr, schedule.weight_decay
-        self.network: torch.optim.Optimizer
-        if schedule.build_optimizer is not None:
-            self.network = schedule.build_optimizer(groups)
-        elif schedule.optimizer == "adamw":
-            self.network = torch.optim.AdamW(groups, lr=lr, weight_decay=decay)
-        else:
-            self.network = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, weight_decay=decay)
+        self.network = schedule.make_optimizer(groups)
         self.largest_lr = float(self.network.param_groups[0]["lr"])  # a user's optimizer has its own
         self.all: list[torch.optim.Optimizer] = [self.network]
         if learner.optimizer == "adam":
