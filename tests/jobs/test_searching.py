@@ -154,18 +154,18 @@ def test_squares_are_cut_out_in_the_training_anew(done: Any, monkeypatch: pytest
     assert set(sides) == {3}
 
 
-def test_a_found_network_goes_on_from_its_weights_where_it_inherits(done: Any, tmp_path: Path) -> None:
+def test_a_found_network_goes_on_from_its_weights_unless_it_is_to_start_fresh(done: Any, tmp_path: Path) -> None:
     parts, net, began = read_search_data(SETTINGS), regrow.load(done.path / "found"), []
-    for inherit in (True, False):
+    for fresh in (False, True):
         # At a rate this low it ends as it begins.
-        own = replace(SETTINGS, inherit=inherit, retrain=1, lr=1e-9, weight_decay=0.0)
-        folder = RunFolder.create(tmp_path / f"{inherit}", verb="t", settings={})
+        own = replace(SETTINGS, fresh=fresh, retrain=1, lr=1e-9, weight_decay=0.0)
+        folder = RunFolder.create(tmp_path / f"{fresh}", verb="t", settings={})
         began.append(retrain(ActiveRun(record=folder), own, parts, net))
     for name, value in net.named_parameters():
         assert torch.allclose(began[0].get_parameter(name), value, rtol=0, atol=1e-6)
     weights = [(name, value) for name, value in net.named_parameters() if value.dim() > 1 and bool(value.any())]
     assert weights and not any(torch.allclose(began[1].get_parameter(n), v, atol=1e-3) for n, v in weights)
-    assert "--inherit --" in format_command_line(replace(SETTINGS, inherit=True), "--out", "x")
+    assert "--fresh --" in format_command_line(replace(SETTINGS, fresh=True), "--out", "x")
 
 
 def test_a_run_notes_the_defaults_it_took_and_none_of_what_it_was_given(done: Any, tmp_path: Path) -> None:
@@ -179,8 +179,8 @@ def test_a_run_notes_the_defaults_it_took_and_none_of_what_it_was_given(done: An
     with pytest.raises(StoreError, match=r"filter_lr_ratio was 1\.0 by default, here 0\.25"):
         search_named(SETTINGS, Invocation(place))
     assert [one.name for one in area.iterdir()] == ["run.json"]
-    (area / "run.json").write_text(json.dumps(told | {"settings": told["settings"] | {"inherit": True}}))
-    with pytest.raises(StoreError, match="inherit was true, here false"):
+    (area / "run.json").write_text(json.dumps(told | {"settings": told["settings"] | {"fresh": True}}))
+    with pytest.raises(StoreError, match="fresh was true, here false"):
         search_named(SETTINGS, Invocation(place))
 
 

@@ -20,7 +20,7 @@ RUNS = [
     prune.Settings("m", method="gprune", method_settings={"base": "flap", "on": True, "names": ["a", "b"], "x": None}),
     recover.Settings("runs/a b", "lora", tokens=64, recovery_settings={"rank": 4}, seed=2**63 - 1),
     learn.Settings(("permuted:digits:5", "mail box"), scenario="class", lr=1e-7, classes=20, precision="bfloat16"),
-    search.Settings("cells:4-3-2", "a b/", "macs=20%", memory="2 GiB", inherit=True, weight_decay=0.0),
+    search.Settings("cells:4-3-2", "a b/", "macs=20%", memory="2 GiB", fresh=True, weight_decay=0.0),
     evaluate.Settings("m", sources=("news",), items=3, speed=True),
 ]
 

@@ -28,15 +28,13 @@ def select_removed(gates: Gates, masks: GateMasks, axes: AxisGraph) -> tuple[lis
     return drop, keep
 
 
-def limit_removal(gates: Gates, masks: GateMasks, allowed: float, bare: bool = True) -> GateMasks:
+def limit_removal(gates: Gates, masks: GateMasks, allowed: float) -> GateMasks:
     """Return masks that remove less: operations and filters are put back, up to a network cost of ``allowed``.
 
-    Those nearest to their thresholds come first. ``bare``: whether operations without parameters may be put back, too.
+    Those nearest to their thresholds come first.
     """
     margins = torch.cat(masks.margins)
     eligible = torch.cat([gates.alive & gates.runs, torch.ones_like(masks.filters, dtype=torch.bool)])
-    if not bare:
-        eligible[: len(gates.ops)] &= gates.single | ~gates.weightless()
     removed = (eligible & (torch.cat([masks.ops, masks.filters]) == 0)).nonzero()[:, 0]
     order = removed[margins[removed].argsort(descending=True)].tolist()
 

@@ -129,14 +129,6 @@ class Gates:
         """Return the cost of each operation with its parameters, unmasked, in the search's unit, ``[operations]``."""
         return self._sum_entries(self.levels.price) if self.ops else self.alive.new_zeros(0, dtype=torch.float64)
 
-    def mean_node_prices(self) -> Tensor:
-        """Return per operation the mean cost of those with parameters in its node, ``[operations]``; 0 if none."""
-        counted = self.alive & ~self.weightless()
-        prices = torch.where(counted, self.prices(), 0.0)
-        total = torch.zeros_like(prices).index_add(0, self.node, prices)
-        count = torch.zeros_like(self.node).index_add(0, self.node, counted.long())
-        return (total / count.clamp_min(1)).index_select(0, self.node)
-
     def weightless(self) -> Tensor:
         """Return which operations have no parameters but their scale, such as pools; none if time is the cost."""
         if not self.ops or self.levels.timed:
@@ -158,18 +150,6 @@ class Gates:
         count = zeros.index_add(0, self.node, active.to(share.dtype))
         total = torch.where(count > 0, zeros.index_add(0, self.node, share), 1.0)
         return active, share / total.index_select(0, self.node), count.index_select(0, self.node)
-
-    def operation_regularizer(self, masks: GateMasks, alpha: Tensor, among: Tensor) -> Tensor:
-        """Return the GOLD-NAS regulariser, ``[]``: Σ log(1 + N a / Σ a) over active operations.
-
-        a is an operation's importance (``alpha`` is its logit); N and Σ a are taken over its node. It is greatest where
-        all operations of a node are equally important, and least where one has all importance. ``among`` says which
-        operations are summed over, ``[operations]`` bool: whole nodes.
-
-        Source: the authors' code (model_search.py, after GOLD-NAS), with N of each node its own.
-        """
-        active, share, count = self.shares(masks, alpha)
-        return torch.where(active & among, torch.log1p(count * share), 0.0).sum()
 
     def _protected_operations(self, margin: Tensor) -> Tensor:
         """Return the best of each set in ``needed`` that is below its thresholds, ``[operations]`` bool: it stays."""

@@ -170,9 +170,10 @@ def search_network(
                 else:  # such as a negative loss
                     record.log("result", metric=data.objective.metric, score=score, **dense(model, example))
         if settings.retrain:
-            inherit = settings.inherit or opened.start is not None
             with run.stage("retrain"):
-                model = retrain(run, replace(settings, inherit=inherit), data, model)
+                model = (
+                    _retrain_both(run, settings, data, model) if settings.both else retrain(run, settings, data, model)
+                )
         with run.stage("evaluate"):
             if record.is_kept:
                 _write_network(model, record.path, origin, opened)
@@ -246,10 +247,21 @@ def _write_network(model: nn.Module, folder: Path, origin: Origin, inputs: Searc
     store.write_model(replace(start, model=model, origin=origin) if start else model, folder, origin=origin)
 
 
-def retrain(run: ActiveRun, settings: Settings, data: SearchData, searched: nn.Module) -> nn.Module:
-    """Return a copy of the network ``searched``, in eval mode, trained on all training examples; zeros stay 0.
+def _retrain_both(run: ActiveRun, settings: Settings, data: SearchData, searched: nn.Module) -> nn.Module:
+    """Return the better on validation data of two trained copies: from the weights of the search, and from new ones."""
+    held_out, scores = replace(data, whole=data.search), dict[float, nn.Module]()
+    for fresh in (True, False):
+        model = retrain(run, replace(settings, fresh=fresh), held_out, searched)
+        score = mean_score(model, data.search.test, data.objective)
+        run.record.log("retrained", fresh=fresh, score=score)
+        scores[score] = model
+    return scores[max(scores)]
 
-    It is re-initialised from the seed unless the settings say ``inherit``. An interrupted training is resumed.
+
+def retrain(run: ActiveRun, settings: Settings, data: SearchData, searched: nn.Module) -> nn.Module:
+    """Return a copy of the network ``searched``, in eval mode, trained on ``data.whole``; zeros stay 0.
+
+    With the setting ``fresh`` it is first re-initialised from the seed. An interrupted training is resumed.
     """
     record = run.record
     model = clone_model(searched)
@@ -258,12 +270,12 @@ def retrain(run: ActiveRun, settings: Settings, data: SearchData, searched: nn.M
         torch.manual_seed(settings.seed)
         for module in model.modules():
             reset = getattr(module, "reset_parameters", None)
-            if not settings.inherit and callable(reset):
+            if settings.fresh and callable(reset):
                 reset()
     axes = trace_examples(model, data.whole, data)
     context = Context(model, axes, data.whole, objective=data.objective)
     learner = build(settings.cutout, context, dict(searched.named_parameters()))
-    file = record.path / STATISTICS / RETRAINING_FILE
+    file = record.path / STATISTICS / f"{'fresh' if settings.fresh else 'further'}_{RETRAINING_FILE}"
     file.parent.mkdir(exist_ok=True)
 
     def save(state: TrainState[RetrainState], context: Context) -> None:

@@ -74,8 +74,12 @@ class Settings:
         "Epochs of training after the search; 0: none.",
         group=RETRAIN, common=True, range=Range(0, 10**6),
     )] = 30
-    inherit: Annotated[bool, Setting(
-        "Start this training from the weights of the search instead of new ones.",
+    fresh: Annotated[bool, Setting(
+        "Start this training from new weights instead of those of the search.",
+        group=RETRAIN,
+    )] = False
+    both: Annotated[bool, Setting(
+        "Train from both on the training part alone, and keep the network that is better on validation data.",
         group=RETRAIN,
     )] = False
     cutout: Annotated[int, Setting(
@@ -106,3 +110,5 @@ class Settings:
             parse_search_target(str(self.target))
         except ValueError as error:
             raise InputError(f"--target: {error}") from None
+        if self.fresh and self.both:
+            raise InputError("--fresh trains from new weights alone, and --both from both: give one of them")

@@ -42,7 +42,6 @@ class Search(ABC):
     needs_epochs = True  # whether the search has to be trained
     stage_share = 1.0  # the fraction of its operations that a part of the network is expected to have after its stage
     masked: tuple[str, ...] = GRANULARITIES  # the granularities whose masks need memory in a step
-    fills_with_bare = True  # whether a commit that would remove too much may also take back operations without weights
     trains_thresholds = False  # whether masks pass gradients to thresholds
     second_share = 0.0  # as in Learner
     restores = False  # as in Learner

@@ -23,7 +23,7 @@ from regrow.core.objectives import CLASSIFICATION
 from regrow.core.plan import Plan
 from regrow.core.tasks import Examples
 from regrow.methods.search import Commit, Search
-from regrow.methods.search.space import SearchState, build_layout, copy_state, iterate_spans
+from regrow.methods.search.space import SearchState, build_layout, copy_state, iterate_spans, measure_masked
 from regrow.surgery import apply
 from regrow.surgery.gate import parametrize
 from regrow.tracing.meta_copy import clone_model
@@ -39,7 +39,7 @@ def plan_masked_cut(search: Search, state: SearchState, context: Context, masks:
     reached without them.
     """
     layout, space = state.layout, search.space
-    masks = limit_removal(layout, masks, search.allowed_size(state, context, target), search.fills_with_bare)
+    masks = limit_removal(layout, masks, search.allowed_size(state, context, target))
     masks = protect_cheapest(build_layout(space, state.axes, context, space.part(-1)), masks, target, space.cuts)
     drop, keep = select_removed(layout, masks, context.axes)
     saved = savings(layout, masks)
@@ -88,6 +88,20 @@ def plan_fit(search: Search, state: SearchState, context: Context, target: float
     plan, state = plan_masked_cut(search, state, context, masks, target)
     state.clear_thresholds()
     return (plan, state) if plan else plan_single_choice(search, state, context)
+
+
+@torch.no_grad()
+def fill_with_weights(search: Search, state: SearchState, context: Context, target: float) -> SearchState:
+    """Return the state in which removed weights return, the largest first, as far as ``target`` has room for them."""
+    masks, levels = search.masks(state, context), state.layout.levels
+    if masks.over is None:
+        return state
+    flat, active = levels.flat(context.parameters()), levels.active(masks.ops, masks.filters)
+    zero = state.zero_mask & active
+    order = torch.where(zero, levels.relative(flat, active), -1.0).argsort(descending=True)[: int(zero.sum())]
+    room = target - float(measure_masked(state, masks))
+    returning = order[levels.price[: levels.entries][order].cumsum(0) <= room]
+    return state.with_zeros(state.zero_mask.index_fill(0, returning, False))
 
 
 def plan_single_choice(search: Search, state: SearchState, context: Context) -> Commit:

@@ -3,21 +3,20 @@
 Liu, Saxena, Cao, Zhao, Ruan: MGAS / MG-DARTS (arXiv 2310.15074). **Reconstructed** from the abstract and the authors'
 public code (lxy12357/MG_DARTS), whose errors are not copied. The abstract names the parts: a learned discretisation per
 granularity, stages over growing prefixes of the network, and a re-evaluation that prunes and regrows. What neither
-settles is a setting, whose default is ours. Searching operations only (``levels=operations``) is as good: see
+settles is a setting, whose default is ours. See
 docs/reproductions/mgas.md.
 
 With a = σ(α) of an operation, b = σ(κ) of a filter, r = |w| / mean |w| of a weight, and thresholds t per granularity,
 
     operation · 2a [a ≥ t],   what reads a filter · 2b [b ≥ t],   w · [r ≥ t]      ([·] with DST's surrogate)
 
-replace the network's own parameters, while everything, thresholds included, learns
+replace the network's own parameters, while these and the importances α and κ learn
 
-    cross-entropy + μ ((size + lifted) / allowed − 1) + λ Σ log(1 + N a / Σ a);
+    cross-entropy + μ (size / allowed − 1);
 
 size is the size under the masks, and allowed falls until the target is reached. μ follows the excess of size over
-allowed (ours; the authors' controller moves λ), and lifted is by how much kept operations cost less than ``min_cost``
-(ours). Nodes of which only one operation may remain are in neither term. Filters are the units of an axis, so what is
-masked can always be cut.
+allowed (ours; the authors' controller moves the weight of a regulariser). Thresholds rise where removal saves more than
+it costs (:mod:`.thresholds`, ours). Filters are the units of an axis, so what is masked can always be cut.
 
 Every other epoch, what is masked is cut from the network. A stage runs the network up to one of its classifiers; when
 the next one begins, thresholds start at 0, and a fraction of the operations dropped in the stage is restored, sampled
@@ -29,15 +28,14 @@ from functools import partial
 from typing import Annotated
 
 import torch
-from torch import Tensor
 
 from regrow.allocation.cost import Prices
-from regrow.allocation.gates import GateMasks
 from regrow.allocation.levels import check_levels
 from regrow.core.amounts import Measure
 from regrow.core.axes.axis import AxisTensor
 from regrow.methods.search import Commit, Search, commit
-from regrow.methods.search.space import GRANULARITIES, SearchSpace, SearchState, build_layout, measure_masked
+from regrow.methods.search.space import GRANULARITIES, SearchSpace, SearchState, build_layout
+from regrow.methods.search.thresholds import measure_pressure, move_thresholds
 from regrow.settings.constraints import Count, Fraction, NonNegative, Positive, Range, check_constraints
 from regrow.training.learner import Boundary, Context, Event, Loss, Step
 
@@ -58,9 +56,6 @@ class Settings:
         warm: The number of epochs at the start of a stage in which only weights are trained.
         every: The number of epochs between two commits, which cut what is masked, after the ``warm`` ones.
         gain: How fast μ follows the excess: the value that it would reach in a stage at a constant excess of 1.
-        sparsity_penalty: λ, the weight of the regulariser that favours few operations per node.
-        min_cost: The least cost at which an operation counts in the size term of the loss, as a fraction of the mean
-            cost of its node's operations with weights (ours). Without effect if ``measure`` is ``ms``.
         reprune: Whether a stage prunes further what earlier stages kept; if not, only weights outside their operations,
             and at the very end what exceeds the target.
         regrow: The fraction of a stage's dropped operations that is restored at its end, re-initialised.
@@ -68,9 +63,7 @@ class Settings:
             scale.
         regrow_weights: The fraction of the weights set to 0 that may train again, by the size of their gradient.
         lr: The learning rate of α and κ times the number of steps in which a stage trains them: how far they can move.
-        lr_threshold: The learning rate of thresholds, times the same number of steps.
-        filter_lr_ratio: The factor on ``lr_threshold`` for filters, where a node may keep several
-            operations (ours): below 1, more operations are dropped, and the remaining ones are wider.
+        lr_threshold: The greatest rise of a threshold in a step, times the same number of steps.
         clip: The largest norm of the gradient of the network's own parameters; larger ones are scaled down to it.
         augment: Whether images are shifted and mirrored at random.
         seed: Seed of everything random.
@@ -84,15 +77,12 @@ class Settings:
     warm: Annotated[int, Range(0)] = 2
     every: Count = 2
     gain: NonNegative = 40.0
-    sparsity_penalty: NonNegative = 0.05
-    min_cost: NonNegative = 1.0
     reprune: bool = True
     regrow: Fraction = 0.2
     regrow_filters: Fraction = 0.0
     regrow_weights: Fraction = 0.0
     lr: NonNegative = 8.0
     lr_threshold: NonNegative = 2.0
-    filter_lr_ratio: NonNegative = 0.25
     clip: Positive = 5.0
     augment: bool = True
     seed: int = 0
@@ -116,8 +106,6 @@ class Mgas(Search):
         super().__init__(s, SearchSpace(s.target, Measure(s.measure), s.levels, s.stages, prices))
         self.s, self.stages, self.masked = s, max(1, len(s.stages)), s.levels
         self.searches_operations = "operations" in s.levels
-        self.min_cost = s.min_cost if self.searches_operations else 0.0
-        self.fills_with_bare = not self.min_cost
         if self.searches_operations:
             self.stage_share = s.share + s.regrow * (1 - s.share)
 
@@ -164,24 +152,22 @@ class Mgas(Search):
         return float(state.start * (state.goal / state.start) ** progress)
 
     def loss(self, state: SearchState, context: Context, step: Step) -> Loss:
-        """Hook ``loss``: cross-entropy + μ ((size + lift) / allowed − 1) + λ · regulariser.
-
-        The lift is :func:`measure_lift`. In epochs that train masks ``aux`` is the excess, size / allowed − 1; before,
-        the loss is the cross-entropy.
-        """
+        """Hook ``loss``: cross-entropy + μ (size / allowed − 1); in epochs that train masks ``aux`` is the pressure."""
         loss = self.compute_loss(context, step.batch)
-        masks, layout = step.replaced.aux, state.layout
+        masks = step.replaced.aux
         if not self.trains(state, context):
             return Loss(loss)
         allowed = self.allowed_size(replace(state, examples=state.examples + len(step.batch)), context, 0.0)
-        excess = measure_masked(state, masks) / allowed - 1
-        loss = loss + state.multiplier * (excess + measure_lift(state, masks, self.min_cost) / allowed)
-        if state.penalty:
-            loss = loss + state.penalty * layout.operation_regularizer(masks, state.alpha.values, ~layout.single)
-        return Loss(loss, excess.detach())
+        term, pressure = measure_pressure(state, masks, allowed)
+        return Loss(loss + term, pressure)
 
     def project(self, state: SearchState, context: Context, step: Step) -> SearchState:
-        """Hook ``project``: clip gradients, and update ``state.drift``, s ← 0.9 s + gradient of α, both in place."""
+        """Hook ``project``: move thresholds, clip gradients, and update ``state.drift``, all in place.
+
+        The drift is s ← 0.9 s + gradient of α.
+        """
+        if step.aux is not None:
+            move_thresholds(state, context, step, self.s.lr_threshold / self._count_steps(context))
         state = super().project(state, context, step)
         gradient = state.alpha.values.grad
         if gradient is not None and state.drift is not None:
@@ -201,7 +187,7 @@ class Mgas(Search):
             state.filter_thresholds.values.index_fill_(0, axes, 0.0)
         multiplier = state.multiplier
         if self.trains(state, context):
-            multiplier = max(0.0, multiplier + self.s.gain / self._count_steps(context) * float(step.aux))
+            multiplier = max(0.0, multiplier + self.s.gain / self._count_steps(context) * float(step.aux.excess))
         return replace(state, multiplier=multiplier, examples=state.examples + len(step.batch))
 
     def boundary(self, state: SearchState, context: Context, boundary: Boundary) -> SearchState:
@@ -211,11 +197,8 @@ class Mgas(Search):
         state = super().boundary(state, context, boundary)
         match boundary.event:
             case Event.TASK_START:
-                alpha, filters = state.alpha, state.filter_thresholds
-                if self.searches_operations and not bool(state.layout.single.all()) and filters.lr is not None:
-                    filters = replace(filters, lr=self.s.filter_lr_ratio * filters.lr)
-                drift = AxisTensor(torch.zeros_like(alpha.values), alpha.dims)
-                return self._start_stage(replace(state, drift=drift, filter_thresholds=filters), context, 0)
+                drift = AxisTensor(torch.zeros_like(state.alpha.values), state.alpha.dims)
+                return self._start_stage(replace(state, drift=drift), context, 0)
             case Event.RESUME:
                 return self._protect_earlier(state, context)
             case Event.EPOCH_END:
@@ -224,8 +207,7 @@ class Mgas(Search):
 
     def _start_stage(self, state: SearchState, context: Context, stage: int) -> SearchState:
         """Return the state at the start of a stage, with thresholds at 0 and the size that the stage has to reach."""
-        penalty = self.s.sparsity_penalty if self.searches_operations else 0.0
-        state = replace(state, stage=stage, multiplier=0.0, dropped=(), cut={}, turn=0, penalty=penalty)
+        state = replace(state, stage=stage, multiplier=0.0, dropped=(), cut={}, turn=0)
         state.clear_thresholds()
         state = self._protect_earlier(self.update_layout(state, context), context)
         size = self.size(state, context)
@@ -273,21 +255,12 @@ class Mgas(Search):
         return commit.plan_restoration(self, self.s.regrow_filters, state, context)
 
     def finalize(self, state: SearchState, context: Context, target: float) -> Commit:
-        """Return the plan that removes what is masked, and then what exceeds the target; and the new state."""
-        return commit.plan_fit(self, state, context, target)
+        """Return the plan that removes what is masked, and then what exceeds the target; and the new state.
+
+        At last, removed weights return, as far as there is room.
+        """
+        plan, state = commit.plan_fit(self, state, context, target)
+        return plan, state if plan else commit.fill_with_weights(self, state, context, target)
 
 
 build = Mgas
-
-
-def measure_lift(state: SearchState, masks: GateMasks, min_cost: float) -> Tensor:
-    """Return by how much kept operations cost less than ``min_cost`` times their node's mean cost, summed.
-
-    A scalar in units of the measure, with gradients; 0 where that is time. Operations do not count in nodes that keep
-    exactly one.
-    """
-    layout = state.layout
-    if layout.levels.timed or not min_cost:
-        return masks.ops.new_zeros(())
-    counted = layout.alive & layout.runs & ~layout.single
-    return (masks.ops * counted * (min_cost * layout.mean_node_prices() - layout.prices()).clamp_min(0)).sum()
