@@ -124,7 +124,6 @@ def test_gradients_are_the_same_every_time_on_several_threads():
         total = found.levels.size(masks.ops, masks.filters, masks.weights) / len(flat)
         made = found.levels.flat(found.levels.replace_weights({}, flat, masks.filter_scale, masks.over))
         total = total + made.square().sum()
-        total = total + found.operation_regularizer(masks, a, torch.arange(len(found.ops)) % 2 == 0)
         return torch.autograd.grad(total, given)
 
     threads = torch.get_num_threads()
@@ -295,24 +294,6 @@ def test_what_comes_back_is_drawn_by_kind_and_cell():
     assert found == ["cells.1.nodes.0.ops.sep3_1"]  # further draws there are lost
     even = dict.fromkeys(alive, 1.0)
     assert sorted(sample_operations(dead, alive, even, even, 60, torch.Generator().manual_seed(0))) == sorted(dead)
-
-
-def test_nodes_that_end_with_one_operation_are_not_pressed_and_keep_what_costs_nothing():
-    net = randomise(topology(3, 4))
-    axes, sums = trace(net, torch.randn(2, 3, 8, 8)), candidate_paths(net)
-    keys, needed, parameters = [axis.key for axis in axes.units()], [*sums.values()], dict(net.named_parameters())
-    found = build_gates(net, axes, parameters, keys, needed, lambda _: True, Measure.NONZERO)
-    alpha = torch.randn(len(found.ops), generator=torch.Generator().manual_seed(3))
-    masks = found.masks((alpha, torch.full_like(alpha, 0.5)), None, None)
-    every = torch.ones_like(found.single)
-    assert (
-        float(found.operation_regularizer(masks, alpha, every))
-        > 0
-        == float(found.operation_regularizer(masks, alpha, ~found.single))
-    )
-    many = replace(found, single=~every)
-    back = [float(limit_removal(one, masks, 1e9, bare=False).ops[one.weightless()].mean()) for one in (found, many)]
-    assert back[0] == 1 > back[1] == float(masks.ops[found.weightless()].mean())
 
 
 def test_what_is_tied_stands_and_falls_together():

@@ -156,7 +156,7 @@ def test_a_network_is_searched_for_a_size(regrow: Run) -> None:
     code, _, err = regrow("search", "cells:3-2-1", *given, "--target", "7", "--out", "other")
     assert code == 2 and "a target is like" in err and not Path("other").exists()
     code, out, _ = regrow("methods", "mgas")
-    assert code == 0 and "reconstructed" in out.lower() and "--set sparsity_penalty=0.05" in out
+    assert code == 0 and "reconstructed" in out.lower() and "--set lr_threshold=2" in out
     assert "--set levels=operations,filters,weights" in out.replace("\n", "")
 
 

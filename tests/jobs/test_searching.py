@@ -170,13 +170,13 @@ def test_a_found_network_goes_on_from_its_weights_unless_it_is_to_start_fresh(do
 
 def test_a_run_notes_the_defaults_it_took_and_none_of_what_it_was_given(done: Any, tmp_path: Path) -> None:
     taken = done.read_record()["defaults"]
-    assert taken["filter_lr_ratio"] == 0.25 and taken["lr"] == 8.0 and taken["levels"] == [*GRANULARITIES]
+    assert taken["lr_threshold"] == 2.0 and taken["lr"] == 8.0 and taken["levels"] == [*GRANULARITIES]
     assert not {*QUICK, "target", "stages", "seed"} & {*taken}
     place, area = tmp_path / "run", tmp_path / "run" / ".work"
     area.mkdir(parents=True)
     told = {name: value for name, value in done.read_record().items() if name != "finished"}
-    (area / "run.json").write_text(json.dumps(told | {"defaults": taken | {"filter_lr_ratio": 1.0}}))
-    with pytest.raises(StoreError, match=r"filter_lr_ratio was 1\.0 by default, here 0\.25"):
+    (area / "run.json").write_text(json.dumps(told | {"defaults": taken | {"lr_threshold": 1.0}}))
+    with pytest.raises(StoreError, match=r"lr_threshold was 1\.0 by default, here 2\.0"):
         search_named(SETTINGS, Invocation(place))
     assert [one.name for one in area.iterdir()] == ["run.json"]
     (area / "run.json").write_text(json.dumps(told | {"settings": told["settings"] | {"fresh": True}}))
@@ -443,7 +443,7 @@ def test_a_network_of_blocks_is_found_and_goes_on_where_it_was(tmp_path: Path, m
         "digits",
         "nonzero=70k",
         stages=2,
-        method_settings=QUICK | {"filter_lr_ratio": 1.0},
+        method_settings=QUICK,
         **SMALL | {"retrain": 1},
     )
     done = search_named(settings, Invocation(tmp_path / "run"))

@@ -1,7 +1,6 @@
 """MGAS: three levels searched together, cut exactly."""
 
 import copy
-import math
 from dataclasses import replace
 from functools import cache
 
@@ -12,9 +11,7 @@ from torch import nn
 
 from methods.search.searches import (
     change,
-    compute_loss,
     count_left,
-    draw,
     ended,
     finalize,
     replace_parameters,
@@ -29,8 +26,8 @@ from regrow.core.plan import Plan
 from regrow.core.tasks import Examples, Task
 from regrow.data import streams
 from regrow.methods.search import commit
-from regrow.methods.search.commit import plan_masked_cut, plan_restoration, score_cut_filters
-from regrow.methods.search.mgas import Settings, build, measure_lift
+from regrow.methods.search.commit import plan_restoration, score_cut_filters
+from regrow.methods.search.mgas import Settings, build
 from regrow.methods.search.space import GRANULARITIES, build_layout, iterate_spans
 from regrow.nets.cells import Cells, supernet_config
 from regrow.nets.vision import small
@@ -250,41 +247,6 @@ def test_commits_of_operations_alone_keep_what_a_tight_target_needs(task, axes, 
     assert int(scales.count_nonzero()) == len(context.axes.branches)
 
 
-def test_pressure_is_towards_few_operations_per_node(task, axes):
-    context, search = Context(network(), axes, task, epoch=1, epochs=4), search_with()
-    state = start(search, context)
-    alpha, *_ = learned = [one.values for one in (state.alpha, *state.thresholds)]
-    alpha.data = draw(len(alpha))
-    for one in learned:
-        one.requires_grad_()
-    batch, found = Examples(task.train.inputs[:20], task.train.labels[:20]), state.layout
-    here, node = found.runs, found.node
-    a = alpha.detach().sigmoid()
-    n, total = (torch.zeros(len(a)).index_add(0, node, one)[node] for one in (here.float(), a * here))
-    more = torch.log1p(n * a / total)[here].sum()
-
-    def loss(press):
-        torch.manual_seed(0)
-        return compute_loss(search, replace(state, penalty=press), context, batch).value
-
-    pressed = loss(0.1) - loss(0.0)
-    assert float(pressed.detach()) == pytest.approx(0.1 * float(more), rel=1e-3)
-    slope, *steep = torch.autograd.grad(pressed, learned)
-    assert all(float(one.abs().max()) < 1e-5 for one in steep), "what stands in the loss twice leaves rounding"
-    for own_node in node[here].unique():
-        among = (here & (node == own_node)).nonzero()[:, 0]
-        assert float(slope[among[a[among].argmin()]]) > 0 > float(slope[among[a[among].argmax()]])
-
-
-@pytest.mark.parametrize(("levels", "slow"), [(GRANULARITIES, True), (("filters", "weights"), False)])
-def test_thresholds_of_filters_learn_slower_where_operations_are_searched(task, axes, levels, slow):
-    search = search_with(levels=levels, filter_lr_ratio=0.5)
-    ops, filters, weights = (
-        one.lr for one in start(search, Context(network(), axes, task, epochs=4, steps=3)).thresholds
-    )
-    assert ops == weights == (2 if slow else 1) * filters > 0
-
-
 def one_topology():
     torch.manual_seed(0)
     return topology()
@@ -301,37 +263,6 @@ def ending_with_several():
 def of_ones_own():
     net = small("resnet:4-2", (1, 8, 8), 10)[0]
     return net, trace(net, torch.zeros(2, 1, 8, 8))
-
-
-@pytest.mark.parametrize("begun", [ending_with_one, of_ones_own])
-def test_thresholds_of_filters_learn_at_the_full_rate_where_no_node_may_keep_several_operations(task, begun):
-    search = build(Settings(target=500.0, filter_lr_ratio=0.5))
-    ops, filters, _ = start(search, Context(*begun(), task, epochs=4, steps=3)).thresholds
-    assert filters.lr == ops.lr
-
-
-@pytest.mark.parametrize("begun", [ending_with_one, ending_with_several])
-def test_nodes_are_thinned_unless_they_end_with_one_operation(task, begun):
-    def loss(**more):
-        search, context = build(Settings(target=2500.0, warm=0, **more)), Context(*begun(), task, epochs=4)
-        state = replace(start(search, context), multiplier=1.0)
-        torch.manual_seed(0)
-        batch = Examples(task.train.inputs[:20], task.train.labels[:20])
-        with torch.no_grad():
-            found = compute_loss(search, state, context, batch).value
-        return float(found), state.layout, search.allowed_size(replace(state, examples=20), context, 2500.0)
-
-    without_penalty, without_cost = {"sparsity_penalty": 0.0}, {"min_cost": 0.0}
-    (with_both, layout, allowed), (cost, *_), (penalty, *_), (neither, *_) = (
-        loss(**more) for more in ({}, without_penalty, without_cost, without_penalty | without_cost)
-    )
-    if bool(layout.single.all()):
-        assert with_both == cost == penalty == neither
-    else:  # all weigh the same
-        assert penalty - neither == pytest.approx(0.05 * math.log(2) * len(layout.ops), rel=1e-3)
-        lifted = float((layout.mean_node_prices() - layout.prices()).clamp_min(0).sum())
-        assert cost - neither == pytest.approx(lifted / allowed, rel=1e-3)
-        assert with_both - neither == pytest.approx(cost + penalty - 2 * neither, rel=1e-3)
 
 
 def test_filters_and_weights_of_ones_own_network(task):
@@ -352,37 +283,9 @@ def test_settings_that_say_nothing_are_refused():
         {"stages": (3, 1)},
         {"lr": -3.0},
         {"clip": 0.0},
-        {"min_cost": -1.0},
-        {"filter_lr_ratio": -0.5},
     ):
         with pytest.raises(ValueError):
             Settings(**wrong)
-
-
-def test_what_costs_nothing_is_pressed_on_and_goes_though_it_makes_nothing_smaller(task, axes):
-    context, search = Context(network(), axes, task, epochs=4), search_with(min_cost=0.5)
-    state = start(search, context)
-    thresholds, layout = state.operation_thresholds.values.requires_grad_(), state.layout
-
-    def lifted(state):
-        return measure_lift(state, masks_of(search, state, context, learning=True), 0.5)
-
-    prices, here = layout.prices(), layout.runs
-    floor = torch.stack([0.5 * prices[(layout.node == node) & (prices > 1)].mean() for node in layout.node])
-    assert float(lifted(state).detach()) == pytest.approx(float((floor - prices)[here].clamp_min(0).sum()))
-    lifted(state).backward()
-    pressed = thresholds.grad < 0  # a higher threshold makes less of it
-    assert torch.equal(pressed, here & (prices < floor)) and bool((prices[pressed] <= 1).any())
-    thresholds.requires_grad_(False)
-    single = replace(state, layout=replace(layout, single=torch.ones_like(layout.single)))
-    assert float(lifted(single).detach()) == 0  # where one is left at the end anyway
-    first = {
-        kind: next(i for i, path in enumerate(layout.ops) if path.endswith(f".{kind}_0")) for kind in ("max", "sep5")
-    }
-    state.alpha.values.data[[*first.values()]] = -50.0
-    state = replace(state, start=1e9, goal=1e9)
-    plan, _ = plan_masked_cut(search, state, context, masks_of(search, state, context), 2500.0)
-    assert [*plan.drop] == [layout.ops[first["max"]]]  # what costs comes back, as long as it is allowed
 
 
 def test_candidates_within_candidates_are_refused(task):

@@ -21,9 +21,10 @@ STAGED = {"target": 2500.0, "stages": (0, 1), "share": 0.2, "warm": 1, "every": 
 STAGED |= {"regrow_filters": 0.5, "regrow_weights": 0.3}
 SEARCHES = {
     "mgas": (CONFIG, STAGED),
-    "mgas, not pressed": (
-        CONFIG,
-        STAGED | {"sparsity_penalty": 0.0, "min_cost": 0.0, "filter_lr_ratio": 1.0},
+    "trials": (WIRED, {"target": 1500.0, "stages": (1,), "trial_steps": 2, "examples": 40}),
+    "trials, weights": (
+        WIRED,
+        {"target": 1500.0, "measure": "nonzero", "levels": ("operations", "filters", "weights"), "stages": (1,)},
     ),
     "darts": (WIRED, {"target": 1e4, "stages": (1,)}),
     "gold_nas": (WIRED, {"target": 1500.0, "stages": (1,), "warm": 1, "keep_above": 1.0}),

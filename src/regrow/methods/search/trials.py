@@ -264,14 +264,23 @@ def try_masks(search: Trials, state: SearchState, context: Context, masks: GateM
         if search.s.trial_steps:
             _train(search, state, context, masks)
         context.model.eval()
-        losses = []
+        losses, part = list[Tensor](), search.s.part
+        size = part * max(1, _step_size(context) // part)
         with torch.no_grad(), parametrize(context.model, replace_by(context, state, masks).values):
-            for batch in context.task.test.batches(search.s.part):
-                batch = batch.to(context.device)
+            for batch in context.task.test.batches(size):
                 output = run_network(context.model, batch.inputs, context.device)
-                output = logits_in(output) if context.objective is CLASSIFICATION else output
-                losses.append(context.objective.loss(output, batch.labels).double().cpu())
+                labels = batch.labels.to(context.device)
+                if context.objective is CLASSIFICATION:
+                    pairs = zip(logits_in(output).split(part), labels.split(part), strict=True)
+                    losses += [context.objective.loss(one, own).double().cpu() for one, own in pairs]
+                else:  # whose outputs may be of any form
+                    losses.append(context.objective.loss(output, labels).double().cpu())
     return torch.stack(losses)
+
+
+def _step_size(context: Context) -> int:
+    """Return the number of examples per training step."""
+    return -(-len(context.task.train) // context.steps)  # rounded up
 
 
 def _train(search: Trials, state: SearchState, context: Context, masks: GateMasks) -> None:
@@ -279,12 +288,12 @@ def _train(search: Trials, state: SearchState, context: Context, masks: GateMask
     assert context.make_optimizer is not None  # plans before the last epoch are made while training
     parameters = [p for p in context.model.parameters() if p.requires_grad]
     optimizer = context.make_optimizer([{"params": parameters}])
-    size, taken, turn = -(-len(context.task.train) // context.steps), 0, 0  # examples per step, rounded up
+    taken, turn = 0, 0
     context.model.train()
     while taken < search.s.trial_steps:
         seed = context.generator(context.epoch, Stream.TRIALS, turn).initial_seed()
         turn += 1
-        for batch in context.task.train.batches(size, seed=seed):
+        for batch in context.task.train.batches(_step_size(context), seed=seed):
             if taken == search.s.trial_steps:
                 break
             taken += 1
