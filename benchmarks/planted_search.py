@@ -42,6 +42,7 @@ ARMS: dict[str, tuple[str, dict[str, Any], int]] = {
     "filters": ("trials", {"levels": ALL[1:2]}, 36),
     "weights": ("trials", {"levels": ALL[2:]}, 36),
     "mgas": ("mgas", {"levels": ALL}, 36),
+    "mgas, no weights": ("mgas", {"levels": TWO}, 36),
     "random granularity": ("trials", {"levels": ALL, "decide": "random"}, 36),
     "lowest loss": ("trials", {"levels": TWO, "decide": "lowest"}, 24),
     "no trial steps": ("trials", {"levels": TWO, "trial_steps": 0}, 32),

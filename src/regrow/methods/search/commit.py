@@ -100,8 +100,10 @@ def fill_with_weights(search: Search, state: SearchState, context: Context, targ
     zero = state.zero_mask & active
     order = torch.where(zero, levels.relative(flat, active), -1.0).argsort(descending=True)[: int(zero.sum())]
     room = target - float(measure_masked(state, masks))
-    returning = order[levels.price[: levels.entries][order].cumsum(0) <= room]
-    return state.with_zeros(state.zero_mask.index_fill(0, returning, False))
+    price = levels.price[: levels.entries][order]
+    returning = price.cumsum(0) <= room
+    saved = replace(state.saved, weights=state.saved.weights - float(price[returning].sum()))
+    return replace(state.with_zeros(state.zero_mask.index_fill(0, order[returning], False)), saved=saved)
 
 
 def plan_single_choice(search: Search, state: SearchState, context: Context) -> Commit:

@@ -85,7 +85,7 @@ class Trials(Search):
 
     def __init__(self, s: Settings, prices: Prices | None = None) -> None:
         super().__init__(s, SearchSpace(s.target, Measure(s.measure), s.levels, s.stages[-1:], prices))
-        self.s, self.masked = s, ()
+        self.s, self.masked = s, s.levels
 
     def check_epochs(self, epochs: int) -> None:
         """Raise ValueError if no epoch is left to train in after the last cut."""
