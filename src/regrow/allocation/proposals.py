@@ -34,16 +34,24 @@ def propose_removals(
     small as what is to be saved. A granularity that cannot save as much is helped by the others, the finest first.
     Units that would leave less than ``least`` stay where others can go. Without a proposal nothing could be saved.
     """
+
+    def remove(found: GateMasks, granularity: str, least: float = least) -> GateMasks | None:
+        return _remove(gates, found, saliency, granularity, goal, least)
+
     proposals: dict[str, GateMasks] = {}
     for granularity in (name for name in ORDER if name in searched):
-        found = _remove(gates, masks, saliency, granularity, goal, least)
+        found = remove(masks, granularity)
         if found is None:
             continue
         for helper in reversed([name for name in ORDER if name in searched and name != granularity]):
             if _cost(gates, found) > goal:
-                found = _remove(gates, found, saliency, helper, goal, least) or found
+                found = remove(found, helper) or found
+        if _cost(gates, found) > goal and "operations" in searched:
+            found = remove(found, "operations", 0.0) or found
         proposals[granularity] = found
         goal = min(goal, _cost(gates, found))
+    if not proposals and "operations" in searched and (found := remove(masks, "operations", 0.0)):
+        proposals["operations"] = found
     return proposals
 
 

@@ -18,6 +18,7 @@ from regrow.allocation.commits import (
     select_removed,
 )
 from regrow.allocation.gates import GateMasks
+from regrow.allocation.proposals import price_filters
 from regrow.core.candidates import all_parts_active, exclusive_sets
 from regrow.core.objectives import CLASSIFICATION
 from regrow.core.plan import Plan
@@ -29,6 +30,8 @@ from regrow.surgery.gate import parametrize
 from regrow.tracing.meta_copy import clone_model
 from regrow.training.learner import Context, Step, Stream, task_loss
 from regrow.training.state import follow_plan
+
+FULL = 0.98  # the fraction of a target that is used, where a unit fits
 
 
 @torch.no_grad()
@@ -171,12 +174,7 @@ def plan_restoration(search: Search, share: float, state: SearchState, context: 
 
     They have the largest scores by :func:`score_cut_filters`. ``None`` if that is no filter.
     """
-    stored = context.undo.restorable if context.undo else {}
-    restorable: dict[str, list[int]] = {}
-    for key, ids in state.cut.items():
-        units = [unit for unit in ids if key in state.layout.levels.axes and unit in stored.get(key, ())]
-        if units:
-            restorable[key] = units
+    restorable = _find_restorable(state, context)
     count = int(share * sum(map(len, restorable.values())))
     if not count:
         return None, state
@@ -185,6 +183,38 @@ def plan_restoration(search: Search, share: float, state: SearchState, context: 
     for _, key, unit in sorted(scores, reverse=True)[:count]:
         back.setdefault(key, []).append(unit)
     return Plan.restoring(context.axes, back, origin={"method": "mgas", "epoch": context.epoch}), state
+
+
+def _find_restorable(state: SearchState, context: Context) -> dict[str, list[int]]:
+    """Return axis key → ids of the filters that were cut in this stage and can be restored."""
+    stored = context.undo.restorable if context.undo else {}
+    found = {
+        key: [unit for unit in ids if key in state.layout.levels.axes and unit in stored.get(key, ())]
+        for key, ids in state.cut.items()
+    }
+    return {key: units for key, units in found.items() if units}
+
+
+def plan_refill(search: Search, state: SearchState, context: Context, target: float) -> Commit:
+    """Return the plan that restores the best of the cut filters that fit into half of the room, or one; and the state.
+
+    They are scored by :func:`score_cut_filters`. Half, since what a filter costs rises with the others. ``None`` where
+    the network has :data:`FULL` of ``target``, or none fits.
+    """
+    restorable, masks = _find_restorable(state, context), search.masks(state, context)
+    room = target - float(measure_masked(state, masks))
+    prices = price_filters(state.layout, masks)
+    cost = {key: float(prices[base]) for key, (base, _, _) in iterate_spans(state.layout)}
+    restorable = {key: units for key, units in restorable.items() if cost[key] <= room}
+    if room <= (1 - FULL) * target or not restorable:
+        return None, state
+    scores = sorted(score_cut_filters(search, state, context, restorable, take_examples(context)), reverse=True)
+    back, used = dict[str, list[int]](), 0.0
+    for _, key, unit in scores:
+        if not back or used + cost[key] <= room / 2:
+            back.setdefault(key, []).append(unit)
+            used += cost[key]
+    return Plan.restoring(context.axes, back, origin={"method": "search", "epoch": context.epoch}), state
 
 
 def release_weights(search: Search, share: float, state: SearchState, context: Context) -> SearchState:

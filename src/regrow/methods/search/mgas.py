@@ -257,10 +257,13 @@ class Mgas(Search):
     def finalize(self, state: SearchState, context: Context, target: float) -> Commit:
         """Return the plan that removes what is masked, and then what exceeds the target; and the new state.
 
-        At last, removed weights return, as far as there is room.
+        At last, removed weights or filters return, as far as there is room.
         """
         plan, state = commit.plan_fit(self, state, context, target)
-        return plan, state if plan else commit.fill_with_weights(self, state, context, target)
+        if plan is None:
+            state = commit.fill_with_weights(self, state, context, target)
+            plan, state = commit.plan_refill(self, state, context, target)
+        return plan, state
 
 
 build = Mgas

@@ -9,7 +9,8 @@ the Fisher information of the scale g of an operation's output, of a filter wher
 Labels are drawn from the network's predictions, so gradients of examples are independent, and those of a few examples
 together estimate that of one. Each proposal is trained for ``trial_steps`` as a mask, and its loss is measured on
 validation examples; the coarsest proposal within one standard error of the best, paired, is cut. The weights are those
-before the trials again. After the last cut the network is at its target.
+before the trials again. After the last cut the network is at its target; filters that were cut return where there is
+room.
 """
 
 from collections.abc import Iterator
@@ -83,6 +84,8 @@ class Settings:
 class Trials(Search):
     """The search by trials: proposals of equal savings, short training of each, and a decision by held-out loss."""
 
+    restores = True
+
     def __init__(self, s: Settings, prices: Prices | None = None) -> None:
         super().__init__(s, SearchSpace(s.target, Measure(s.measure), s.levels, s.stages[-1:], prices))
         self.s, self.masked = s, s.levels
@@ -120,8 +123,11 @@ class Trials(Search):
         """Hook ``plan``: once the first epochs are over, the proposal that the trials decide for."""
         if context.epoch == context.epochs:
             return self.finalize(state, context, self.s.target)
-        if context.epoch < round(self.s.warm * context.epochs) or state.turn > context.epoch:
+        if context.epoch < round(self.s.warm * context.epochs):
             return None, state
+        is_last = context.epoch == context.epochs - 1
+        if state.turn > context.epoch:  # the cut before this epoch is done
+            return commit.plan_refill(self, state, context, self.s.target) if is_last else (None, state)
         if not state.start:
             if exclusive_sets(context.model):
                 state = self._rank(state, measure_saliency(self, state, context))
@@ -131,16 +137,15 @@ class Trials(Search):
             state = replace(state, start=self.size(state, context))
         state = replace(state, turn=context.epoch + 1)
         goal, size = self.goal(state, context), self.size(state, context)
-        if size <= goal:
-            return None, state
-        return self._cut(state, context, goal)
+        if size > goal:
+            return self._cut(state, context, goal)
+        return commit.plan_refill(self, state, context, goal) if is_last else (None, state)
 
     def _cut(self, state: SearchState, context: Context, goal: float) -> Commit:
         """Return the plan of the proposal that is decided for, and the new state."""
         saliency, masks = measure_saliency(self, state, context), self.masks(state, context)
-        proposals = propose_removals(
-            state.layout, masks, saliency, self.s.levels, goal, min(goal, self.s.fill * self.s.target)
-        )
+        layout, searched, least = state.layout, self.s.levels, min(goal, self.s.fill * self.s.target)
+        proposals = propose_removals(layout, masks, saliency, searched, goal, least)
         if not proposals:
             return None, state
         chosen, losses = next(iter(proposals)), dict[str, Tensor]()
@@ -152,7 +157,7 @@ class Trials(Search):
             chosen = choose_proposal(losses)
             if self.s.decide == "lowest":
                 chosen = min(losses, key=lambda name: float(losses[name].mean()))
-        sizes = {name: float(state.layout.levels.size(m.ops, m.filters, m.weights)) for name, m in proposals.items()}
+        sizes = {name: float(layout.levels.size(m.ops, m.filters, m.weights)) for name, m in proposals.items()}
         means = {name: float(values.mean()) for name, values in losses.items()}
         context.log("trial", epoch=context.epoch, chosen=chosen, goal=goal, sizes=sizes, losses=means)
         return commit.plan_masked_cut(self, state, context, proposals[chosen], self.s.target)
@@ -163,9 +168,9 @@ class Trials(Search):
         return replace(state, alpha=replace(state.alpha, values=torch.logit((ranks + 0.5) / max(1, len(ranks)))))
 
     def finalize(self, state: SearchState, context: Context, target: float) -> Commit:
-        """Return the plan that removes what exceeds the target, if a cut could not."""
+        """Return the plan that removes what exceeds the target, if a cut could not, or restores what fits into it."""
         if self.size(state, context) <= target:
-            return None, state
+            return commit.plan_refill(self, state, context, target)
         return commit.plan_fit(self, state, context, target)
 
 
