@@ -89,7 +89,7 @@ def test_a_page_shows_what_was_found_and_how(folder, tmp_path):
     assert "mgas is reconstructed" in said and "is missing" not in said and not alarms(folder)
     for words in (
         "mgas searched cells:8-2-2 and found a network of 610 parameters, 495 nonzero.",
-        "Its test accuracy is 71.2 %, retrained from scratch.",
+        "Its test accuracy is 71.2 %, trained further.",
         "Target: nonzero parameters 495 allowed at most 500",
         "Memory of training 3.90 MB allowed at most 4MB",
         "Cell 1, node 1 7 skip of the cell before last; sep3 (3 inside) of the cell before last; sep5 (8 inside)",

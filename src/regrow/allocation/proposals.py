@@ -46,8 +46,9 @@ def propose_removals(
         for helper in reversed([name for name in ORDER if name in searched and name != granularity]):
             if _cost(gates, found) > goal:
                 found = remove(found, helper) or found
-        if _cost(gates, found) > goal and "operations" in searched:
-            found = remove(found, "operations", 0.0) or found
+        for helper in reversed([name for name in ORDER if name in searched]):
+            if _cost(gates, found) > goal:
+                found = remove(found, helper, 0.0) or found
         proposals[granularity] = found
         goal = min(goal, _cost(gates, found))
     if not proposals and "operations" in searched and (found := remove(masks, "operations", 0.0)):

@@ -57,8 +57,8 @@ def move_thresholds(state: SearchState, context: Context, step: Step, rate: floa
         margin = masks.margins[0]
         mask = masks.ops.index_select(0, layout.tied)
         fisher = n * _differentiate(state.alpha.values, state.alpha.values.grad, price, margin, mask).square()
-        own = layout.tied == torch.arange(len(ops), device=ops.device)
-        _move(ops, layout.tied[own], margin[own], price[own], fisher[own], rate)
+        price = price * (layout.tied == torch.arange(len(ops), device=ops.device))  # of tied ones, the first decides
+        _move(ops, layout.tied, margin, price, fisher * (price > 0), rate)
     kappa = [state.kappa[key].values for key in levels.axes]
     if kappa and all(values.grad is not None for values in kappa):
         joined, gradient = torch.cat(kappa), torch.cat([values.grad for values in kappa if values.grad is not None])
