@@ -17,7 +17,7 @@ from regrow.testing import LAWS, check_method
 from regrow.training.learner import PLAIN
 
 PAGE = (Path(__file__).parents[2] / "docs" / "add-a-method.md").read_text("utf-8")
-PRUNER, CODE = (part.partition("```")[0] for part in PAGE.split("```python\n")[1:])
+PRUNER, SEARCH, CODE = (part.partition("```")[0] for part in PAGE.split("```python\n")[1:])
 META = {
     "METADATA": "Metadata-Version: 2.1\nName: regrow-anchored\nVersion: 1.0\n",
     "WHEEL": "Wheel-Version: 1.0\nGenerator: a test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
@@ -88,6 +88,18 @@ def test_the_pruning_method_of_the_page_obeys_the_laws_and_prunes(tmp_path: Path
     words = ["prune", "resnet18", "--method", "largest:LARGEST", "--keep", "0.9", "--dry-run", "plan.json"]
     run = python("-c", code, *words, site=None, cwd=tmp_path)
     assert run.returncode == 0 and (tmp_path / "plan.json").is_file(), run.stderr
+
+
+def test_the_search_method_of_the_page_obeys_the_laws_and_searches(tmp_path: Path) -> None:
+    (tmp_path / "smallest.py").write_text(SEARCH)
+    check = "from regrow.testing import check_method; print(len(check_method('smallest:SMALLEST')))"
+    found = python("-c", check, site=None, cwd=tmp_path)
+    assert found.stdout.strip() == str(len(LAWS[MethodKind.SEARCH])), found.stderr
+    code = "from regrow.cli import main; raise SystemExit(main())"
+    words = ["search", "cells:4-2-1", "--data", "digits", "--method", "smallest:SMALLEST", "--target", "params=40%"]
+    words += ["--epochs", "1", "--retrain", "0", "--train", "96", "--test", "50", "--out", "run"]
+    run = python("-c", code, *words, site=None, cwd=tmp_path)
+    assert run.returncode == 0 and (tmp_path / "run" / "report.html").is_file(), run.stderr
 
 
 def test_a_law_that_is_broken_is_named() -> None:

@@ -160,7 +160,8 @@ class Trials(Search):
         sizes = {name: float(layout.levels.size(m.ops, m.filters, m.weights)) for name, m in proposals.items()}
         means = {name: float(values.mean()) for name, values in losses.items()}
         context.log("trial", epoch=context.epoch, chosen=chosen, goal=goal, sizes=sizes, losses=means)
-        return commit.plan_masked_cut(self, state, context, proposals[chosen], self.s.target)
+        plan, state = commit.plan_masked_cut(self, state, context, proposals[chosen], self.s.target)
+        return plan and replace(plan, origin={**plan.origin, "stood": True}), state  # what goes was not masked before
 
     def _rank(self, state: SearchState, saliency: Saliency) -> SearchState:
         """Return the state with α in the order of operations' saliency."""
