@@ -48,6 +48,7 @@ ARMS: dict[str, tuple[str, dict[str, Any], int]] = {
     "no trial steps": ("trials", {"levels": TWO, "trial_steps": 0}, 32),
     "three times the steps": ("trials", {"levels": TWO, "trial_steps": 33}, 24),
 }
+REMOVED = ("mgas, thresholds of 0.3",)  # arms whose code is gone; their rows are printed
 SHORT = {f"{name}, a third": (method, settings, 12) for name, (method, settings, _) in [*ARMS.items()][2:5]}
 
 
@@ -180,7 +181,7 @@ def show(every: list[Row]) -> Iterator[str]:
         if short:
             found[world, "portfolio", seed] = max(short, key=lambda row: row["validation"])
     lines = []
-    for arm in (*ARMS, "portfolio"):
+    for arm in (*ARMS, *REMOVED, "portfolio"):
         cells = []
         for world in WORLDS:
             seeds = [s for s in range(100) if (world, arm, s) in found]

@@ -10,6 +10,7 @@ from regrow.core.objectives import CLASSIFICATION
 from regrow.core.tasks import Examples
 from regrow.evaluation import dense
 from regrow.evaluation.continual import mean_score
+from regrow.surgery import UndoStore
 
 
 def network():
@@ -34,10 +35,10 @@ def test_a_network_of_ones_own_is_searched_with_a_loader_to_its_multiply_accumul
     assert dense(net, inputs[:1])["macs"] == result.size <= result.target == 0.6 * before and result.before == before
     assert sum(result.saved.values()) == before - result.size
     assert result.score == mean_score(net, Examples(inputs, labels), CLASSIFICATION)
-    again = network()
+    again, undo = network(), UndoStore()  # plans may restore units
     axes = regrow.trace(again, inputs[:2])
     for plan in result.plans:
-        again, axes = regrow.apply(again, axes, plan)
+        again, axes = regrow.apply(again, axes, plan, undo=undo)
     assert {key: axis.size for key, axis in axes.axes.items()} == {k: a.size for k, a in result.axes.axes.items()}
     assert "macs (target" in str(result) and "validation accuracy" in result._repr_html_()
     assert [row["epoch"] for row in result.rows] == [1, 2, 3, 4]

@@ -234,7 +234,8 @@ def _search(
         learner_state = search.learner.boundary(state.learner, context, Boundary(Event.TASK_START))
         fitted = Fitted(model, axes, replace(state, learner=learner_state))
     log.write(fitted.state)
-    end = replace(context, model=fitted.model, axes=fitted.axes, epoch=settings.epochs)
+    steps = -(-len(context.task.train) // settings.batch_size)  # rounded up
+    end = replace(context, model=fitted.model, axes=fitted.axes, epoch=settings.epochs, steps=steps)
     fitted, last = finish_training(search.learner, fitted, end)
     fitted = replace(fitted, state=replace(fitted.state, plans=(*fitted.state.plans, *last)))
     log.write(fitted.state)
