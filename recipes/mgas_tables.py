@@ -12,11 +12,10 @@ where its two edges per node leave fewer), is trained anew for equally many epoc
 is tested once. What the search learns from is the training part alone; the validation part is only watched. *Best of 4
 random networks* trains four random draws on the training part, as long as any network is trained anew, and takes the
 one that is best on the validation part. *All pools and identities*: operations that hold nothing but their scale stay
-all, whatever else is drawn. The thresholds of MGAS, and
-three additions that compensated for them (``min_cost``, ``sparsity_penalty``, ``filter_lr_ratio``), were others in the
-rows of 2026-11: *without the three additions* no longer runs. *Random units, MGAS's shares*: operations, filters and weights go in the shares of
-MGAS's own row, at random: the difference is what its choice of units is worth. Likewise with the shares of the search
-without the three additions.
+all, whatever else is drawn. *Random units, MGAS's shares*: operations, filters and weights go in the shares of MGAS's
+own row, at random: the difference is what its choice of units is worth. Likewise with the shares of the search without
+the three additions. The thresholds of MGAS were others in the rows of 2026-11. Three additions compensated for them
+(``min_cost``, ``sparsity_penalty``, ``filter_lr_ratio``), so *without the three additions* no longer runs.
 ``--targets`` are shares of the space, ``--first`` and ``--seeds`` bound seeds, ``--match`` is part of an arm's name.
 The full setting of the paper's code is C = 16, 8 cells of 4 nodes, all images: ``--space cells:16-8-4 --train 0
 --epochs 75 --retrain 600 --stride 1 --cutout 16``.
