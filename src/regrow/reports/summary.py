@@ -200,8 +200,7 @@ def _summarise_search(run: Run) -> Summary:
         figures.append(SummaryRow(f"Target: {name_measure(measure)}", q.amount(reached, measure), remark=limit))
     figures += _tabulate_times(run)
     if test:
-        is_fresh = run.settings.get("fresh") == "yes" or run.settings.get("inherit") == "no"  # the latter: until 0.3
-        trained = "retrained from scratch" if is_fresh else "trained further"
+        trained = "retrained from scratch" if run.settings.get("fresh") == "yes" else "trained further"
         state = trained if run.settings.get("retrain", "0") != "0" else "with the weights of the search"
         sentence += f" Its test accuracy is {q.percent(test.accuracy)}, {state}."
         remark = f"on {q.count(test.images)} examples"
