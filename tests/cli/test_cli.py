@@ -151,6 +151,7 @@ def test_a_network_is_searched_for_a_size(regrow: Run) -> None:
     code, out, err = regrow("search", "cells:3-2-1", *given, "--target", "params=40%", "--stride", "1", "--out", "run")
     assert code == 0, err
     said = " ".join(out.split())
+    assert "3 epochs leave the last stage no cut before its end" in out + err
     assert "found a network of" in said and "trained further." in said and "allowed at most" in said
     assert type(load("run")).__name__ == "Cells"
     code, _, err = regrow("search", "cells:3-2-1", *given, "--target", "7", "--out", "other")

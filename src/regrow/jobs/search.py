@@ -305,7 +305,8 @@ def open_named(settings: Settings, invocation: Invocation, run: ActiveRun) -> Se
                 f"--cutout {settings.cutout} of pictures of {side} pixels: take 0, for none, to {side - 1}"
             )
         model, origin, stages = build_space(settings, data.search, start)
-        check_epochs(settings, model)
+        if note := check_epochs(settings, model):
+            invocation.announce(note)
         model.to(device)
     with run.stage("trace"):
         axes = trace_examples(model, data.search, data)

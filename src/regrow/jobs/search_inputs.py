@@ -151,10 +151,15 @@ def derive_settings(settings: Settings, measure: Measure, model: nn.Module) -> d
     return derived
 
 
-def check_epochs(settings: Settings, model: nn.Module) -> None:
-    """Raise ValueError if the method cannot search the space ``model``, not yet traced, in so few epochs."""
+def check_epochs(settings: Settings, model: nn.Module) -> str:
+    """Raise ValueError if the method cannot search the space ``model``, not yet traced, in so few epochs.
+
+    Return a line for the user about few epochs; empty: none.
+    """
     measure = parse_search_target(settings.target).measure
-    make_search(settings, measure, derive_settings(settings, measure, model)).check_epochs(settings.epochs)
+    search = make_search(settings, measure, derive_settings(settings, measure, model))
+    search.check_epochs(settings.epochs)
+    return search.note_epochs(settings.epochs)
 
 
 def build_search(

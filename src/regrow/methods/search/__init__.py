@@ -55,6 +55,10 @@ class Search(ABC):
         if epochs < 1 and self.needs_epochs:
             raise ValueError(f"{epochs} epochs: this method learns in epochs; take --epochs 1 or more")
 
+    def note_epochs(self, epochs: int) -> str:
+        """Return a line for the user where few ``epochs`` leave the search little to decide; empty: no such line."""
+        return ""
+
     def check(self, context: Context) -> None:
         """Raise ValueError if the target cannot be reached, or the network cannot be searched."""
         self.check_epochs(context.epochs)

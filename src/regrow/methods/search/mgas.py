@@ -126,6 +126,13 @@ class Mgas(Search):
                 "--set warm"
             )
 
+    def note_epochs(self, epochs: int) -> str:
+        """Return that nothing is cut before the end of the last stage, if that is so."""
+        first, end = self.stage_bounds(epochs, self.stages - 1)
+        if end - first - self.s.warm > self.s.every:
+            return ""
+        return f"{epochs} epochs leave the last stage no cut before its end: more --epochs, or --set every=1, allow one"
+
     def learning_rates(self, context: Context) -> tuple[float, float]:
         """Return (the learning rate of α and κ, that of thresholds)."""
         steps = self._count_steps(context)
