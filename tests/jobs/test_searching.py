@@ -13,6 +13,7 @@ import torch
 import regrow
 from jobs.results import rows, same_parameters
 from regrow.allocation.commits import kind_of
+from regrow.allocation.levels import GRANULARITIES
 from regrow.allocation.stages import MemoryStages
 from regrow.core import amounts
 from regrow.core.amounts import Measure
@@ -26,7 +27,7 @@ from regrow.jobs import search_inputs
 from regrow.jobs.recording import ActiveRun, Invocation
 from regrow.jobs.search import Settings, build_search, build_space, retrain, search_named
 from regrow.jobs.search_inputs import parse_target, read_search_data
-from regrow.methods.search.space import GRANULARITIES, measure_unmasked
+from regrow.methods.search.space import measure_unmasked
 from regrow.nets.cells import Cells
 from regrow.nets.mobile import Mobile
 from regrow.reports import write_page

@@ -19,6 +19,7 @@ from regrow.allocation.cost import Prices, enclosing_modules, prices_in
 from regrow.core.amounts import Measure
 from regrow.core.axes import AxisGraph, Role
 
+GRANULARITIES = ("operations", "filters", "weights")  # from the coarsest to the finest
 # The most entries of a network that is priced and masked entry by entry where only operations and filters are
 ENTRYWISE = 2**24
 # The mean number of entries of a tensor above which pricing tensors is faster than pricing entries
@@ -215,7 +216,9 @@ def counted_tensors(model: nn.Module, measure: Measure) -> dict[str, Tensor]:
 
 
 def check_levels(searched: Collection[str], measure: Measure) -> None:
-    """Raise ValueError if ``"weights"`` are searched, but ``measure`` counts zero weights like any other."""
+    """Raise ValueError unless all are granularities; or if zeros of the ``"weights"`` searched count in ``measure``."""
+    if not searched or not {*searched} <= {*GRANULARITIES}:
+        raise ValueError(f"levels are some of {', '.join(GRANULARITIES)}; got {', '.join(searched) or 'none'}")
     if "weights" in searched and measure != Measure.NONZERO:
         raise ValueError(
             f"a weight that is 0 counts in {measure} like any other, so weights cannot be searched for such a target; "

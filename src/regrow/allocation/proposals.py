@@ -9,8 +9,7 @@ from torch import Tensor
 
 from regrow.allocation.commits import operation_prices, removable_filters, set_masks
 from regrow.allocation.gates import GateMasks, Gates
-
-ORDER = ("operations", "filters", "weights")  # from the coarsest granularity to the finest
+from regrow.allocation.levels import GRANULARITIES
 
 
 @dataclass(frozen=True)
@@ -39,14 +38,14 @@ def propose_removals(
         return _remove(gates, found, saliency, granularity, goal, least)
 
     proposals: dict[str, GateMasks] = {}
-    for granularity in (name for name in ORDER if name in searched):
+    for granularity in (name for name in GRANULARITIES if name in searched):
         found = remove(masks, granularity)
         if found is None:
             continue
-        for helper in reversed([name for name in ORDER if name in searched and name != granularity]):
+        for helper in reversed([name for name in GRANULARITIES if name in searched and name != granularity]):
             if _cost(gates, found) > goal:
                 found = remove(found, helper) or found
-        for helper in reversed([name for name in ORDER if name in searched]):
+        for helper in reversed([name for name in GRANULARITIES if name in searched]):
             if _cost(gates, found) > goal:
                 found = remove(found, helper, 0.0) or found
         proposals[granularity] = found
@@ -136,7 +135,7 @@ def choose_proposal(losses: Mapping[str, Tensor]) -> str:
     'operations'
     """
     best = min(losses, key=lambda name: float(losses[name].mean()))
-    for name in (one for one in ORDER if one in losses):
+    for name in (one for one in GRANULARITIES if one in losses):
         more = losses[name] - losses[best]
         if float(more.mean()) <= float(more.std()) / len(more) ** 0.5:
             return name

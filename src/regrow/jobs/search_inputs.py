@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from regrow.allocation.cost import Cost, Prices, spread_times
+from regrow.allocation.levels import GRANULARITIES
 from regrow.allocation.stages import MemoryStages
 from regrow.core.amounts import Measure, format_bytes, parse_bytes
 from regrow.core.axes import AxisGraph
@@ -23,7 +24,6 @@ from regrow.evaluation.timing import Latency, measure_latency
 from regrow.jobs.starting import TaskSpecs, make_task_schedule, read_tasks, select_method_settings
 from regrow.methods import MethodKind, find_method
 from regrow.methods.search import Search
-from regrow.methods.search.space import GRANULARITIES
 from regrow.nets import Loaded
 from regrow.nets.cells import Cells
 from regrow.nets.loaded import Origin

@@ -21,7 +21,7 @@ from methods.search.searches import (
     write,
 )
 from regrow import trace
-from regrow.allocation.levels import step_mask
+from regrow.allocation.levels import GRANULARITIES, step_mask
 from regrow.core.candidates import Candidates
 from regrow.core.plan import Plan
 from regrow.core.tasks import Examples, Task
@@ -29,7 +29,7 @@ from regrow.data import streams
 from regrow.methods.search import commit
 from regrow.methods.search.commit import plan_restoration, score_cut_filters
 from regrow.methods.search.mgas import Settings, build
-from regrow.methods.search.space import GRANULARITIES, build_layout, iterate_spans
+from regrow.methods.search.space import build_layout, iterate_spans
 from regrow.methods.search.thresholds import _differentiate, _move
 from regrow.nets.cells import Cells, supernet_config
 from regrow.nets.vision import small

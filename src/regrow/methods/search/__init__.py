@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from regrow.allocation.gates import GateMasks
+from regrow.allocation.levels import GRANULARITIES
 from regrow.core.amounts import format_short
 from regrow.core.axes.axis import AxisTensor
 from regrow.core.candidates import Staged, candidate_paths
@@ -20,7 +21,6 @@ from regrow.core.tasks import Examples
 from regrow.data.vision import is_images, shift_and_flip
 from regrow.evaluation.continual import mean_score
 from regrow.methods.search.space import (
-    GRANULARITIES,
     Savings,
     SearchSpace,
     SearchState,

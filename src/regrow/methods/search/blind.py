@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from regrow.allocation.cost import Prices
-from regrow.allocation.levels import check_levels
+from regrow.allocation.levels import GRANULARITIES, check_levels
 from regrow.core.amounts import Measure
 from regrow.methods.search import Commit, Search
 from regrow.methods.search.commit import plan_fit
-from regrow.methods.search.space import GRANULARITIES, SearchSpace, SearchState, rank_evenly
+from regrow.methods.search.space import SearchSpace, SearchState, rank_evenly
 from regrow.training.learner import Boundary, Context, Event, Stream
 
 CITATION = "controls; Li, Talwalkar, Random Search and Reproducibility for NAS (arXiv 1902.07638)"

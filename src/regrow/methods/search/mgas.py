@@ -34,7 +34,7 @@ from regrow.allocation.levels import check_levels
 from regrow.core.amounts import Measure
 from regrow.core.axes.axis import AxisTensor
 from regrow.methods.search import Commit, Search, commit
-from regrow.methods.search.space import GRANULARITIES, SearchSpace, SearchState, build_layout
+from regrow.methods.search.space import SearchSpace, SearchState, build_layout
 from regrow.methods.search.thresholds import measure_pressure, move_thresholds
 from regrow.settings.constraints import Count, Fraction, NonNegative, Positive, Range, check_constraints
 from regrow.training.learner import Boundary, Context, Event, Loss, Step
@@ -88,8 +88,6 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.levels or not set(self.levels) <= set(GRANULARITIES):
-            raise ValueError(f"levels are some of {', '.join(GRANULARITIES)}; got {', '.join(self.levels) or 'none'}")
         check_constraints(self)
         if list(self.stages) != sorted({*self.stages}):
             raise ValueError(f"stages end at parts in ascending order; got {self.stages}")

@@ -11,15 +11,13 @@ from regrow.allocation.commits import least_cost
 from regrow.allocation.cost import Prices
 from regrow.allocation.darts import Edges
 from regrow.allocation.gates import GateMasks, Gates, build_gates
-from regrow.allocation.levels import counted_tensors
+from regrow.allocation.levels import GRANULARITIES, counted_tensors
 from regrow.core.amounts import Measure
 from regrow.core.axes.axis import AxisTensor
 from regrow.core.candidates import Staged, candidate_paths
 from regrow.core.sources import device_of, move_tensors
 from regrow.training.learner import Context
 from regrow.training.state import axis_tensors, derived, with_axis_tensors
-
-GRANULARITIES = ("operations", "filters", "weights")
 
 
 @dataclass(frozen=True)

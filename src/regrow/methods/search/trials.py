@@ -31,7 +31,7 @@ from regrow.core.objectives import CLASSIFICATION
 from regrow.core.sources import logits_in
 from regrow.core.tasks import Examples, run_network
 from regrow.methods.search import Commit, Search, commit
-from regrow.methods.search.space import GRANULARITIES, SearchSpace, SearchState, scale_candidates
+from regrow.methods.search.space import SearchSpace, SearchState, scale_candidates
 from regrow.settings.constraints import Count, Fraction, OneOf, OpenFraction, Positive, Range, check_constraints
 from regrow.surgery.gate import parametrize
 from regrow.training.learner import Context, Replacements, Step, Stream, task_loss
@@ -75,8 +75,6 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.levels or not set(self.levels) <= set(GRANULARITIES):
-            raise ValueError(f"levels are some of {', '.join(GRANULARITIES)}; got {', '.join(self.levels) or 'none'}")
         check_constraints(self)
         check_levels(self.levels, Measure(self.measure))
 
