@@ -18,6 +18,7 @@ from regrow.allocation.stages import MemoryStages
 from regrow.core import amounts
 from regrow.core.amounts import Measure
 from regrow.core.candidates import Candidates, candidate_paths
+from regrow.core.errors import InputError
 from regrow.core.objectives import CLASSIFICATION
 from regrow.data.vision import cut_out
 from regrow.evaluation.continual import mean_score
@@ -167,6 +168,17 @@ def test_a_found_network_goes_on_from_its_weights_unless_it_is_to_start_fresh(do
     weights = [(name, value) for name, value in net.named_parameters() if value.dim() > 1 and bool(value.any())]
     assert weights and not any(torch.allclose(began[1].get_parameter(n), v, atol=1e-3) for n, v in weights)
     assert "--fresh --" in format_command_line(replace(SETTINGS, fresh=True), "--out", "x")
+
+
+def test_both_trainings_are_compared_on_validation_data_and_the_better_is_kept(done: Any, tmp_path: Path) -> None:
+    own = replace(SETTINGS, both=True, retrain=1)
+    folder = search_named(own, Invocation(tmp_path / "run"))
+    scores = {row["fresh"]: row["score"] for row in rows(folder, "retrained")}
+    assert scores.keys() == {True, False}
+    kept = mean_score(regrow.load(folder.path), read_search_data(own).search.test, CLASSIFICATION)
+    assert kept == pytest.approx(max(scores.values()))
+    with pytest.raises(InputError, match="give one of them"):
+        replace(SETTINGS, both=True, fresh=True)
 
 
 def test_a_run_notes_the_defaults_it_took_and_none_of_what_it_was_given(done: Any, tmp_path: Path) -> None:

@@ -252,7 +252,7 @@ def _retrain_both(run: ActiveRun, settings: Settings, data: SearchData, searched
     """Return the better on validation data of two trained copies: from the weights of the search, and from new ones."""
     held_out, scores = replace(data, whole=data.search), dict[float, nn.Module]()
     for fresh in (True, False):
-        model = retrain(run, replace(settings, fresh=fresh), held_out, searched)
+        model = retrain(run, replace(settings, fresh=fresh, both=False), held_out, searched)
         score = mean_score(model, data.search.test, data.objective)
         run.record.log("retrained", fresh=fresh, score=score)
         scores[score] = model

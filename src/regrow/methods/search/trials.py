@@ -32,7 +32,7 @@ from regrow.core.sources import logits_in
 from regrow.core.tasks import Examples, run_network
 from regrow.methods.search import Commit, Search, commit
 from regrow.methods.search.space import SearchSpace, SearchState, scale_candidates
-from regrow.settings.constraints import Count, Fraction, OneOf, OpenFraction, Positive, Range, check_constraints
+from regrow.settings.constraints import Count, Fraction, OneOf, Positive, Range, check_constraints
 from regrow.surgery.gate import parametrize
 from regrow.training.learner import Context, Replacements, Step, Stream, task_loss
 
@@ -52,7 +52,6 @@ class Settings:
         trial_steps: The number of training steps of each proposal; 0: it is judged as it is.
         decide: Which proposal is cut: the ``coarsest`` within one standard error of the lowest loss, the ``lowest``, or
             one at ``random``, without trials.
-        fill: The fraction of the target that a cut must leave, if other units can go instead.
         examples: The number of training examples from which saliency is estimated.
         part: The number of examples whose gradients are taken together, and whose losses are averaged.
         clip: The largest norm of the gradient of the network's own parameters; larger ones are scaled down to it.
@@ -67,7 +66,6 @@ class Settings:
     warm: Fraction = 0.5
     trial_steps: Annotated[int, Range(0)] = 11
     decide: Annotated[str, OneOf("coarsest", "lowest", "random")] = "coarsest"
-    fill: OpenFraction = 0.98
     examples: Count = 512
     part: Count = 8
     clip: Positive = 5.0
@@ -142,7 +140,7 @@ class Trials(Search):
     def _cut(self, state: SearchState, context: Context, goal: float) -> Commit:
         """Return the plan of the proposal that is decided for, and the new state."""
         saliency, masks = measure_saliency(self, state, context), self.masks(state, context)
-        layout, searched, least = state.layout, self.s.levels, min(goal, self.s.fill * self.s.target)
+        layout, searched, least = state.layout, self.s.levels, min(goal, commit.FULL * self.s.target)
         proposals = propose_removals(layout, masks, saliency, searched, goal, least)
         if not proposals:
             return None, state
@@ -176,7 +174,7 @@ class Trials(Search):
 build = Trials
 
 
-def replace_by(context: Context, state: SearchState, masks: GateMasks) -> Replacements:
+def mask_parameters(context: Context, state: SearchState, masks: GateMasks) -> Replacements:
     """Return the parameters under masks."""
     parameters, levels = context.parameters(), state.layout.levels
     flat = None if masks.over is None and not levels.entrywise else levels.flat(parameters)
@@ -270,7 +268,7 @@ def try_masks(search: Trials, state: SearchState, context: Context, masks: GateM
         context.model.eval()
         losses, part = list[Tensor](), search.s.part
         size = part * max(1, _step_size(context) // part)
-        with torch.no_grad(), parametrize(context.model, replace_by(context, state, masks).values):
+        with torch.no_grad(), parametrize(context.model, mask_parameters(context, state, masks).values):
             for batch in context.task.test.batches(size):
                 output = run_network(context.model, batch.inputs, context.device)
                 labels = batch.labels.to(context.device)
@@ -302,7 +300,7 @@ def _train(search: Trials, state: SearchState, context: Context, masks: GateMask
                 break
             taken += 1
             optimizer.zero_grad(set_to_none=True)
-            with parametrize(context.model, replace_by(context, state, masks).values):
+            with parametrize(context.model, mask_parameters(context, state, masks).values):
                 search.compute_loss(context, batch.to(context.device)).backward()
             torch.nn.utils.clip_grad_norm_(parameters, search.s.clip)
             optimizer.step()
