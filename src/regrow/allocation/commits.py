@@ -49,7 +49,8 @@ def limit_removal(gates: Gates, masks: GateMasks, allowed: float) -> GateMasks:
 def set_masks(gates: Gates, masks: GateMasks, indices: Sequence[int], value: float) -> tuple[Tensor, Tensor]:
     """Return copies of the masks of operations and filters, set to ``value`` at ``indices``; tied operations follow.
 
-    An index below the number of operations is one of an operation; those after it count filters.
+    An index below the number of operations is one of an operation; those after it count filters. What rounding asks
+    for stays (:meth:`Gates.round_filters`).
     """
     ops, filters = masks.ops.clone(), masks.filters.clone()
     for index in indices:
@@ -57,7 +58,7 @@ def set_masks(gates: Gates, masks: GateMasks, indices: Sequence[int], value: flo
             ops[gates.tied_with(index)] = value
         else:
             filters[index - len(ops)] = value
-    return ops, filters
+    return ops, gates.round_filters(filters, masks.margins[1])
 
 
 def protect_cheapest(gates: Gates, masks: GateMasks, target: float, searched: Collection[str]) -> GateMasks:

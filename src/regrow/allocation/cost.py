@@ -1,7 +1,7 @@
 """A network's cost at given axis sizes (parameters, MACs, bytes, cache, time), and prices of entries and operations."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import product
 from math import prod
@@ -200,7 +200,7 @@ def find_paying_axes(axes: AxisGraph, budget: Budget) -> tuple[Axis, ...]:
 
 @dataclass(frozen=True)
 class Prices:
-    """The cost of a network in one measure (milliseconds for time), by what it consists of.
+    """The cost of a network in one measure, by what it consists of.
 
     Args:
         entries: Parameter or buffer name → the cost of each of its entries.
@@ -213,49 +213,10 @@ class Prices:
     rest: float = 0.0
 
 
-def spread_times(
-    axes: AxisGraph,
-    sums: Mapping[str, Sequence[str]],
-    *,
-    ops: Mapping[str, float],
-    beside: Mapping[str, float],
-    layers: Mapping[str, float],
-    rest: float,
-) -> Prices:
-    """Return measured times distributed over parameter entries and operations, so that masks can be priced in time.
+def prices_in(axes: AxisGraph, measure: Measure, ops: Collection[str]) -> Prices:
+    """Return the cost per parameter entry and operation (``ops``: paths) in a measure; of time none.
 
-    All times have one unit, that of the result. ``sums``: path of a sum → paths of its operations; ``ops``, ``layers``:
-    path → its time; ``beside``: path of a sum → its time beside its operations; ``rest``: all other time. A module
-    takes its time in proportion to the multiply–accumulates of its weights, so a layer with half its inputs and half
-    its outputs is assumed to need a quarter; a module without any spreads it evenly over its parameters; an operation
-    without parameters carries it itself. The time of a sum beside its operations is divided equally among them.
-    """
-    sizes, modules = axes.sizes(), {**layers, **ops}
-    macs_per_entry = _macs_per_entry(axes, _macs_per_module(axes))
-    inside: dict[str, list[str]] = {}
-    for name in sorted(axes.parameters - axes.ties.keys()):
-        if (path := next((path for path in enclosing_modules(name) if path in modules), None)) is not None:
-            inside.setdefault(path, []).append(name)
-    entries: dict[str, float] = {}
-    alone = {path: beside.get(total, 0.0) / len(paths) for total, paths in sums.items() for path in paths}
-    for path, time in modules.items():
-        counts = {name: axes.count_entries([name], sizes) for name in inside.get(path, [])}
-        macs = {name: macs_per_entry[name] * n for name, n in counts.items()}
-        if total := sum(macs.values()):
-            entries |= {name: time * macs[name] / total / n for name, n in counts.items()}
-        elif counts:
-            entries |= dict.fromkeys(counts, time / sum(counts.values()))
-        elif path in ops:
-            alone[path] = alone.get(path, 0.0) + time
-        else:
-            rest += time
-    return Prices(entries, alone, rest)
-
-
-def prices_in(axes: AxisGraph, measure: Measure, timed: Prices | None, ops: Collection[str]) -> Prices:
-    """Return the cost per parameter entry and operation (``ops``: paths) in a measure; for time, ``timed`` itself.
-
-    Raise ``ValueError`` for time if ``timed`` is ``None``, and for measures that a search does not count.
+    Raise ``ValueError`` for measures that a search does not count.
     """
     match measure:
         case Measure.PARAMETERS | Measure.NONZERO:
@@ -264,10 +225,8 @@ def prices_in(axes: AxisGraph, measure: Measure, timed: Prices | None, ops: Coll
             return Prices({name: float(axes.itemsize.get(name, 4)) for name in axes.shapes})
         case Measure.MACS:
             return _count_macs(axes, ops)
-        case Measure.TIME if timed is not None:
-            return timed
         case Measure.TIME:
-            raise ValueError("how long operations take was not measured: latency(…) does it")
+            return Prices({})
     raise ValueError(f"a search does not count {measure}; count params, nonzero, macs, bytes or ms")
 
 

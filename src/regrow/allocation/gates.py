@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from regrow.allocation.cost import Prices
+from regrow.allocation.latency import Latency
 from regrow.allocation.levels import Levels, build_levels, step_mask
 from regrow.core.amounts import Measure
 from regrow.core.axes import AxisGraph
@@ -63,6 +63,7 @@ class Gates:
         axis: The index in ``keys`` of the axis of each filter, ``[filters]``.
         keys: The axis keys in the order of their thresholds.
         spans: Per axis of ``levels.axes``: the index of its first filter, how many it has, and how many it must keep.
+        round_to: An axis that has that many filters and loses some keeps a multiple of this number.
     """
 
     levels: Levels
@@ -76,6 +77,7 @@ class Gates:
     axis: Tensor
     keys: tuple[str, ...]
     spans: tuple[tuple[int, int, int], ...]
+    round_to: int = 1
 
     def masks(
         self,
@@ -113,6 +115,16 @@ class Gates:
             over = over.masked_fill(gone, NEVER)
         return GateMasks(mask_o, mask_f, scale_o, scale_f, over, (margin_o, margin_f))
 
+    def round_filters(self, filters: Tensor, margin: Tensor) -> Tensor:
+        """Return a mask of filters with others put back, the highest ``margin`` first, up to multiples of round_to."""
+        result = filters.clone()
+        for base, size, _ in self.spans if self.round_to > 1 else ():
+            part = result[base : base + size]
+            missing = min(size, -(-int((part > 0).sum()) // self.round_to) * self.round_to) - int((part > 0).sum())
+            if size >= self.round_to and missing:
+                part[torch.where(part > 0, -torch.inf, margin[base : base + size]).topk(missing).indices] = 1.0
+        return result
+
     def tied_with(self, op: int) -> Tensor:
         """Return the mask of the operations tied to operation ``op``, itself included, ``[operations]`` bool."""
         return self.tied == self.tied[op]
@@ -127,11 +139,16 @@ class Gates:
 
     def prices(self) -> Tensor:
         """Return the cost of each operation with its parameters, unmasked, in the search's unit, ``[operations]``."""
+        if self.ops and self.levels.times:
+            ops = self.alive.double().requires_grad_()
+            with torch.enable_grad():
+                (price,) = torch.autograd.grad(self.levels.size(ops, ops.new_ones(self.levels.filters)), [ops])
+            return price
         return self._sum_entries(self.levels.price) if self.ops else self.alive.new_zeros(0, dtype=torch.float64)
 
     def weightless(self) -> Tensor:
         """Return which operations have no parameters but their scale, such as pools; none if time is the cost."""
-        if not self.ops or self.levels.timed:
+        if not self.ops or self.levels.times:
             return torch.zeros_like(self.alive)
         return self._sum_entries(torch.ones_like(self.levels.ops)) <= 1
 
@@ -177,23 +194,28 @@ def build_gates(
     needed: Sequence[Sequence[str]],
     runs: Callable[[str], bool],
     measure: Measure,
-    timed: Prices | None = None,
+    latency: Latency | None = None,
+    round_to: int = 1,
 ) -> Gates:
     """Return which operations, filters and weights may be removed in the running part of a network.
 
     ``parameters``: name → parameter, those of that part. ``keys``: the axes that have thresholds, in their order.
     ``needed``: sets of paths of operations; one of each must stay. ``runs``: whether the operation at a path runs.
-    ``measure``: what costs count; ``timed``: the measured times, needed if that is time.
+    ``measure``: what costs count; ``latency``: the measured times, needed if that is time.
+    ``round_to``: as in :class:`Gates`.
     """
     sums, leaders, order = candidate_paths(model), tied_operations(model), {key: i for i, key in enumerate(keys)}
-    index = build_levels(axes, parameters, sums, measure, timed)
+    if measure == Measure.TIME and latency is None:
+        raise ValueError("how long operations take was not measured: measure_latency(…) does it")
+    index = build_levels(axes, parameters, sums, measure, latency)
     ops = tuple(path for paths in sums.values() for path in paths)
     number, alone = {path: i for i, path in enumerate(ops)}, {path for paths in exclusive_sets(model) for path in paths}
     spans, axis = [], []
     for key, base in index.axes.items():
         size = axes[key].size
         # An axis of one unit is none to a later recording, and could not get its units back.
-        spans.append((base, size, max(2, axes[key].least)))
+        step = round_to if size >= round_to else 1
+        spans.append((base, size, min(size, -(-max(2, axes[key].least) // step) * step)))
         axis += [order[key]] * size
     return Gates(
         levels=index,
@@ -207,4 +229,5 @@ def build_gates(
         axis=torch.tensor(axis, dtype=torch.long),
         keys=tuple(keys),
         spans=tuple(spans),
+        round_to=round_to,
     )

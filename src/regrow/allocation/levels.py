@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.allocation.cost import Prices, enclosing_modules, prices_in
+from regrow.allocation.cost import enclosing_modules, prices_in
+from regrow.allocation.latency import Latency, Times, build_times
 from regrow.core.amounts import Measure
 from regrow.core.axes import AxisGraph, Role
 
@@ -85,7 +86,7 @@ class Levels:
         filters: How many filters there are.
         rest: The cost of the network that no entry accounts for.
         sparse: Whether a weight of 0 costs nothing (measure ``nonzero``); dense kernels and files do not save it.
-        timed: Whether the cost is time, of which operations without weights take some too.
+        times: The times of modules, if the cost is time; prices of entries are 0 then.
     """
 
     weights: tuple[str, ...]
@@ -94,7 +95,7 @@ class Levels:
     filters: int
     rest: float = 0.0
     sparse: bool = False
-    timed: bool = False
+    times: Times | None = None
 
     @property
     def maskable_layouts(self) -> tuple[TensorLayout, ...]:
@@ -193,7 +194,9 @@ class Levels:
     def size(self, ops: Tensor, filters: Tensor, weights: Tensor | None = None) -> Tensor:
         """Return the cost under masks, ``[]``; that of weights, ``[N]``, counts only if the measure is ``nonzero``."""
         op_masks, filter_masks = _append_one(ops), _append_one(filters)
-        exact = not (self.timed or ops.requires_grad or filters.requires_grad)  # added up without rounding
+        if self.times:
+            return self.times.total(op_masks, filter_masks)
+        exact = not (ops.requires_grad or filters.requires_grad)  # added up without rounding
         by_tensor = not self.entrywise or (exact and self.all_entries > _LARGE * len(self.layouts))
         if by_tensor and (weights is None or not self.sparse):
             wide = filter_masks.double()
@@ -231,18 +234,15 @@ def build_levels(
     parameters: Mapping[str, Tensor],
     candidates: Mapping[str, Sequence[str]],
     measure: Measure,
-    timed: Prices | None,
+    latency: Latency | None,
 ) -> Levels:
     """Return what ties a network's ``parameters`` to operations, filters and weights, and what they cost.
 
-    ``candidates``: path of a sum → paths of its operations; ``timed``: measured times, needed if ``measure`` is time.
+    ``candidates``: path of a sum → paths of its operations; ``latency``: measured times, if ``measure`` is time.
     """
     names = [name for name in parameters if name in axes.shapes]
-    units = [
-        axis
-        for axis in axes.units()
-        if any(slot.name in parameters for slot in axis.consumers()) and not axis.count and axis.multiple == 1
-    ]
+    free = (axis for axis in axes.units() if not axis.count and axis.multiple == 1)
+    units = [axis for axis in free if any(slot.name in parameters for slot in axis.consumers())]
     reading = {slot.name for axis in units for slot in axis.consumers()}
     weights = [name for name in names if name in axes.parameters and (name in reading or name in axes.counted)]
     first: dict[str, int] = {}
@@ -264,7 +264,7 @@ def build_levels(
 
     numbers = {path: i for i, path in enumerate(path for paths in candidates.values() for path in paths)}
     scales = {f"{path}.scale".lstrip("."): paths for path, paths in candidates.items()}
-    prices = prices_in(axes, measure, timed, numbers)
+    prices = prices_in(axes, measure, numbers)
     maskable, tensors = {*weights}, []
     for name in [*weights, *(name for name in names if name not in maskable)]:
         price = torch.tensor([prices.entries.get(name, 0.0)], dtype=torch.float64)
@@ -275,8 +275,8 @@ def build_levels(
             ops = [next((numbers[path] for path in enclosing_modules(name) if path in numbers), len(numbers))]
         read = lines.get((name, True)) if name in maskable else None
         tensors.append(TensorLayout(parameters[name].shape, lines.get((name, False)), read, torch.tensor(ops), price))
-    sparse, counts_time = measure == Measure.NONZERO, measure == Measure.TIME
-    return Levels(tuple(weights), tuple(tensors), first, filters, prices.rest, sparse, counts_time)
+    times = build_times(latency, parameters, lines, filters, candidates) if latency else None
+    return Levels(tuple(weights), tuple(tensors), first, filters, prices.rest, measure == Measure.NONZERO, times)
 
 
 def _append_one(values: Tensor) -> Tensor:

@@ -78,12 +78,14 @@ def _remove(
     else:
         score = saliency.filters / price_filters(gates, masks).clamp_min(1e-12)
         order = [base + i for i in removable_filters(gates, masks.filters, score)]
+        masks = replace(masks, margins=(masks.margins[0], score))
 
         def fits(count: int) -> bool:
             return _cost(gates, _without(gates, masks, order[:count])) <= goal
 
         sure = max(0, bisect_left(range(len(order) + 1), True, key=fits) - 1)  # pricing one after the other takes long
-    found, removed = _without(gates, masks, order[:sure]), sure
+    removed = order[:sure]
+    found = _without(gates, masks, removed)
     for index in order[sure:]:
         if _cost(gates, found) <= goal:
             break
@@ -91,9 +93,10 @@ def _remove(
             bool(gates.removable(found.ops)[i]) for i in gates.tied_with(index).nonzero()[:, 0]
         ):
             continue
-        trial = _without(gates, found, [index])
+        trial = _without(gates, masks, [*removed, index])
         if _cost(gates, trial) >= least:
-            found, removed = trial, removed + 1
+            found = trial
+            removed.append(index)
     return found if removed else None
 
 

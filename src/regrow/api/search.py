@@ -36,6 +36,7 @@ def search(
     test: Any = None,
     method: str = "mgas",
     settings: Mapping[str, Any] | None = None,
+    round_to: int = 1,
     loss: LossLike = None,
     epochs: int = 10,
     batch_size: int = 64,
@@ -66,6 +67,7 @@ def search(
         test: With ``out``: data on which the found network is tested once; recorded if the score is between 0 and 1.
         method: One of ``regrow.methods.SEARCHERS``.
         settings: Settings that differ from the method's defaults; images are shifted and mirrored by ``augment=True``.
+        round_to: Widths that change are multiples of this number where an axis has that many units.
         loss: The loss, as for :func:`regrow.prune`.
         epochs: Passes over the data; 0 for methods that do not train.
         batch_size: Examples per step.
@@ -99,7 +101,7 @@ def search(
     config = Settings(
         call.name, "data", _format_target(target, smaller), method=method, method_settings=dict(settings or {})
     )
-    config = replace(config, epochs=epochs, retrain=0, batch_size=batch_size, lr=lr, seed=seed)
+    config = replace(config, epochs=epochs, retrain=0, round_to=round_to, batch_size=batch_size, lr=lr, seed=seed)
     config = replace(config, weight_decay=weight_decay, precision=precision)
     with ensure_progress(progress) as bar:
         open_inputs = partial(_open_inputs, call, test, config, optimizer)

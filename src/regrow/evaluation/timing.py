@@ -5,18 +5,20 @@ thread, which does not run while other processes have the CPU.
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from math import lcm
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from regrow.allocation.cost import enclosing_modules
+from regrow.allocation.latency import Latency
 from regrow.core.axes import Axis, AxisGraph
 from regrow.core.budget import Timing
 from regrow.core.candidates import candidate_paths
@@ -26,7 +28,11 @@ from regrow.core.sources import Batch
 from regrow.evaluation.measure import count_positions, evaluating, pause_collection, wait_for
 from regrow.tracing.trial import Resizing, resize_copy
 
+W = TypeVar("W", int, float)
+
 WIDTH_FRACTIONS = (0.25, 0.5, 0.75)  # of an axis's width that are measured, besides its full and its least width
+# The shares of all widths at which modules of a search are measured; few give multiples of 16, which are faster
+SEARCH_SHARES = (0.9, 0.7, 0.45, 0.2, 0.0)
 
 
 def time_widths(
@@ -71,7 +77,9 @@ def time_widths(
         for key, paths in containers.items():
             call = next(recorded[path] for path in paths if path in recorded)
             for width in _choose_widths(axes[key], round_to):
-                calls[key, width] = _resize_call(model, axes, axes[key], width, call)
+                tied = {other.key: width for other in _tied_axes(axes, axes[key])}
+                where, remedy = f"at {width} units of {key!r}", "leave that axis out with --exclude"
+                calls[key, width] = _resize_call(model, axes, tied, call, where, remedy)
         total, *times = _time_fastest([whole, *calls.values()], device, repeats, progress)
     curves: dict[str, dict[int, float]] = {key: {} for key in members}
     for (key, width), nanoseconds in zip(calls, times, strict=True):
@@ -174,18 +182,27 @@ def _record_calls(whole: _Call, paths: Iterable[str]) -> dict[str, _Call]:
 
 def _choose_widths(axis: Axis, round_to: int) -> list[int]:
     """Return the widths at which an axis is measured, widest first: its full, its least, and some between."""
+    odd = int(max(round_to, axis.multiple) == 1 and axis.size >= 64)  # odd, as the widths of most plans are
+    inner = (_round_width(axis, share, round_to, odd) for share in (0, *WIDTH_FRACTIONS))
+    return sorted({axis.size, *inner}, reverse=True)
+
+
+def _round_width(axis: Axis, share: float, round_to: int, less: int = 0) -> int:
+    """Return a ``share`` of an axis's width less ``less`` units, as plans leave it: rounded, not below its least."""
     rounded = lcm(round_to, axis.multiple)
     step = rounded if axis.size >= rounded else axis.multiple
     least = -(-max(axis.least, 1) // step) * step
-    odd = int(step == 1 and axis.size >= 64)  # odd, as the widths of most plans are
-    inner = {max(least, round(share * axis.size / step) * step - odd) for share in WIDTH_FRACTIONS}
-    return sorted({axis.size, *inner, min(least, axis.size)}, reverse=True)
+    return min(axis.size, max(least, round(share * axis.size / step) * step - less))
 
 
-def _resize_call(model: nn.Module, axes: AxisGraph, axis: Axis, width: int, call: _Call) -> _Call:
-    """Return the call of a copy of its module with ``axis`` at ``width`` units; ValueError if that does not run."""
-    sizes = axes.sizes() | {other.key: width for other in _tied_axes(axes, axis)}
-    resized_network, *_ = resize_copy(model, axes, Resizing(sizes))
+def _resize_call(
+    model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int], call: _Call, where: str, remedy: str
+) -> _Call:
+    """Return the call of a copy of its module at ``sizes``, axis key → units; ValueError if that does not run.
+
+    ``where``, ``remedy``: parts of its message.
+    """
+    resized_network, *_ = resize_copy(model, axes, Resizing({**axes.sizes(), **sizes}))
     copy = resized_network.get_submodule(call.path)
     # The copy has no data: it gets the first entries of the tensors of the module that it was cut from.
     state = {**dict(call.module.named_parameters(remove_duplicate=False)), **dict(call.module.named_buffers())}
@@ -202,8 +219,8 @@ def _resize_call(model: nn.Module, axes: AxisGraph, axis: Axis, width: int, call
     try:
         resized()
     except Exception as error:
-        problem = f"{call.path or 'the network'} does not run at {width} units of {axis.key!r} ({first_line(error)})"
-        raise ValueError(f"{problem}, so its time is not known; leave that axis out with --exclude") from error
+        problem = f"{call.path or 'the network'} does not run {where} ({first_line(error)})"
+        raise ValueError(f"{problem}, so its time is not known; {remedy}") from error
     return resized
 
 
@@ -232,77 +249,75 @@ def _time_call(call: _Call, device: torch.device) -> int:
     return clock() - begin
 
 
-def _make_monotone(curve: dict[int, float]) -> list[tuple[int, float]]:
+def _make_monotone(curve: dict[W, float]) -> list[tuple[W, float]]:
     """Return (width, time) by ascending width; a width that is slower than a wider one gets the time of the wider one.
 
     >>> _make_monotone({4: 9.0, 3: 10.0, 1: 2.0})
     [(1, 2.0), (3, 9.0), (4, 9.0)]
     """
-    result: list[tuple[int, float]] = []
+    result: list[tuple[W, float]] = []
     for width in sorted(curve, reverse=True):
         result.append((width, min(curve[width], result[-1][1]) if result else curve[width]))
     return result[::-1]
 
 
-@dataclass(frozen=True)
-class Latency:
-    """The milliseconds of a search space's forward pass: by candidate operation, sum of candidates, and other layer.
+def measure_latency(model: nn.Module, axes: AxisGraph, batch: Batch, *, round_to: int = 1, repeats: int = 9) -> Latency:
+    """Measure the milliseconds of each candidate operation, each sum of them, and each layer, at several widths.
 
-    Args:
-        total: Milliseconds of the whole pass.
-        ops: Path of a candidate operation → its milliseconds.
-        sums: Path of candidates → milliseconds beside those of their operations.
-        layers: Path of a layer that lies in no operation → its milliseconds.
-    """
-
-    total: float
-    ops: dict[str, float]
-    sums: dict[str, float]
-    layers: dict[str, float]
-
-    @property
-    def rest(self) -> float:
-        """The milliseconds that no module accounts for, at least 0."""
-        return max(0.0, self.total - sum(sum(part.values()) for part in (self.ops, self.sums, self.layers)))
-
-
-def measure_latency(model: nn.Module, batch: Batch, *, repeats: int = 9) -> Latency:
-    """Measure the milliseconds of each candidate operation, each sum of them, and each layer outside them.
-
-    Each is called with the input that it gets in the network, in alternation with the whole; the fastest of all repeats
-    counts. Candidates within an operation are a part of it.
+    All axes that a search cuts are narrowed together: to their least width, some between, and the full one. Each module
+    is called with the input that it gets in the network of that width, in alternation with all others; the fastest of
+    all repeats counts. A wider module never counts as faster.
 
     Args:
         model: The network, on the device to measure.
+        axes: Its axes.
         batch: The inputs of the pass.
+        round_to: Measured widths are multiples of this where possible; without rounding, odd, as after most searches.
         repeats: The number of timed calls of each, after a warm-up call.
 
     >>> net = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 2))
-    >>> table = measure_latency(net, Batch((torch.ones(8, 4),)))
-    >>> list(table.layers), table.total >= sum(table.layers.values())
-    (['0', '2'], True)
+    >>> table = measure_latency(net, trace(net, torch.ones(2, 4)), Batch((torch.ones(8, 4),)))
+    >>> [*table.curves], table.curves["0"][-1][0], table.total > 0
+    (['0', '2', ''], 320, True)
     """
-    nested = candidate_paths(model)
-    prefixes = tuple(f"{op}." for ops in nested.values() for op in ops)
-    sums = {path: ops for path, ops in nested.items() if not f"{path}.".startswith(prefixes)}
-    ops = [op for ops in sums.values() for op in ops]
-    inside = tuple(f"{op}." for op in ops)
-    layers = [
-        name
-        for name, module in model.named_modules()
-        if next(module.parameters(recurse=False), None) is not None
-        and name not in sums
-        and not f"{name}.".startswith(inside)
-    ]
+    sums, held = candidate_paths(model), dict[str, list[str]]()  # held: layer → its own parameters
+    for name, _ in model.named_parameters():
+        if (path := name.rpartition(".")[0]) not in ("", *sums):
+            held.setdefault(path, []).append(name)
+    paths = [*dict.fromkeys([*held, *sums, *(op for ops in sums.values() for op in ops), ""])]
+    cut = [axis for axis in axes.units() if not axis.count and axis.multiple == 1]
     with evaluating(model) as device:
         batch = batch.to(device)
-        calls = _record_calls(_Call(model, batch.args, dict(batch.kwargs)), [*ops, *sums, *layers])
-        fastest = dict(zip(calls, _time_fastest([*calls.values()], device, repeats, silent), strict=True))
-    # What is never called takes no time.
-    times = {path: fastest[path] * calls[path].times if path in calls else 0 for path in (*ops, *sums, *layers)}
-    for path, summed in sums.items():
-        times[path] = max(0, times[path] - sum(times[op] for op in summed))
-    # Together, parts are no more than the whole. 1e6: nanoseconds to milliseconds.
-    scale = min(1.0, fastest[""] / (sum(times.values()) or 1.0)) / 1e6
-    op_times, sum_times, layer_times = ({path: times[path] * scale for path in paths} for paths in (ops, sums, layers))
-    return Latency(fastest[""] / 1e6, op_times, sum_times, layer_times)
+        whole = _Call(model, batch.args, dict(batch.kwargs))
+        networks = [whole]
+        for share in SEARCH_SHARES:
+            sizes = {axis.key: _round_width(axis, share, round_to) for axis in cut}
+            reason = f"with its axes at {share:.0%} of their widths", "give a target in params or macs"
+            networks.append(_resize_call(model, axes, sizes, whole, *reason))
+        calls = [_record_calls(network, paths) for network in networks]
+        fastest = iter(_time_fastest([call for part in calls for call in part.values()], device, repeats, silent))
+    times = [_own_times({path: next(fastest) * call.times / 1e6 for path, call in part.items()}) for part in calls]
+    entries = [
+        {path: sum(network.module.get_parameter(name).numel() for name in names) for path, names in held.items()}
+        for network in networks
+    ]
+    weight = {path: times[0].get(path, 0.0) for path in held}
+    total, curves = sum(weight.values()), dict[str, Sequence[tuple[float, float]]]()
+    means = [sum(weight[path] * n / entries[0][path] for path, n in each.items()) / (total or 1) for each in entries]
+    for path in paths:
+        curve: dict[float, float] = {}
+        for each, mean, found in zip(entries, means, times, strict=True):
+            curve.setdefault(each.get(path, mean if total else 1.0), found.get(path, 0.0))  # never called: no time
+        curves[path] = tuple(_make_monotone(curve))
+    return Latency(curves)
+
+
+def _own_times(times: Mapping[str, float]) -> dict[str, float]:
+    """Return the time of each module beside the modules in it, from module path → its time; in all that of ``""``."""
+    own = dict(times)
+    for path in times:
+        if path:
+            own[next((outer for outer in enclosing_modules(path) if outer in own), "")] -= times[path]
+    own = {path: max(0.0, time) for path, time in own.items()}
+    scale = times[""] / sum(own.values())
+    return {path: time * scale for path, time in own.items()}

@@ -8,19 +8,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from regrow.allocation.cost import Cost, Prices, spread_times
+from regrow.allocation.cost import Cost
+from regrow.allocation.latency import Latency
 from regrow.allocation.levels import GRANULARITIES
 from regrow.allocation.stages import MemoryStages
 from regrow.core.amounts import Measure, format_bytes, parse_bytes
 from regrow.core.axes import AxisGraph
-from regrow.core.candidates import candidate_paths
 from regrow.core.names import names_function
 from regrow.core.objectives import CLASSIFICATION, NEXT_TOKEN, Objective
 from regrow.core.sources import Batch, device_of, move_inputs
 from regrow.core.tasks import ExampleSet, ExamplesView, Task, first_examples, pack_batch
 from regrow.distributed import ProcessRank
 from regrow.distributed.parallel import broadcast_record
-from regrow.evaluation.timing import Latency, measure_latency
+from regrow.evaluation.timing import measure_latency
 from regrow.jobs.starting import TaskSpecs, make_task_schedule, read_tasks, select_method_settings
 from regrow.methods import MethodKind, find_method
 from regrow.methods.search import Search
@@ -126,29 +126,25 @@ def parse_target(text: str, axes: AxisGraph, table: Latency | None = None) -> tu
 
 
 def make_search(
-    settings: Settings, measure: Measure, derived: Mapping[str, object], prices: Prices | None = None
+    settings: Settings, measure: Measure, derived: Mapping[str, object], table: Latency | None = None
 ) -> Search:
     """Return the search method of the settings for a measure; raise ValueError for settings that it cannot have.
 
-    ``derived``: settings that follow from the run, of which it takes those that it has; ``prices``: what units and
-    operations cost, ``None``: computed. Single weights are searched under ``nonzero`` only: elsewhere zeros cost, too.
+    ``derived``: settings that follow from the run, of which it takes those that it has; ``table``: the times of a pass,
+    for a target in ms. Single weights are searched under ``nonzero`` only: elsewhere zeros cost, too.
     """
     levels = GRANULARITIES if measure == Measure.NONZERO else GRANULARITIES[:2]
     entry = find_method(MethodKind.SEARCH, settings.method)
     derived = select_method_settings(entry, {"measure": str(measure), "levels": levels, **derived})
-    search: Search = entry.create(
-        settings.method, derived | dict(settings.method_settings), **({} if prices is None else {"prices": prices})
-    )
+    search: Search = entry.create(settings.method, derived | dict(settings.method_settings))
+    search.space = replace(search.space, latency=table, round_to=settings.round_to)
     return search
 
 
-def derive_settings(settings: Settings, measure: Measure, model: nn.Module) -> dict[str, object]:
-    """Return the settings of a method that follow from the run's, the measure of its target, and the space."""
+def derive_settings(settings: Settings, model: nn.Module) -> dict[str, object]:
+    """Return the settings of a method that follow from the run's and from the space."""
     stages = tuple(sorted(map(int, model.heads))) if isinstance(model, Cells | Mobile) else ()
-    derived: dict[str, object] = {"seed": settings.seed, "stages": stages}
-    if measure == Measure.TIME:  # a narrow layer may take longer than a wide one
-        derived["levels"] = ("operations",) if candidate_paths(model) else ("filters",)
-    return derived
+    return {"seed": settings.seed, "stages": stages}
 
 
 def check_epochs(settings: Settings, model: nn.Module) -> str:
@@ -157,7 +153,7 @@ def check_epochs(settings: Settings, model: nn.Module) -> str:
     Return a line for the user about few epochs; empty: none.
     """
     measure = parse_search_target(settings.target).measure
-    search = make_search(settings, measure, derive_settings(settings, measure, model))
+    search = make_search(settings, measure, derive_settings(settings, model))
     search.check_epochs(settings.epochs)
     return search.note_epochs(settings.epochs)
 
@@ -178,16 +174,10 @@ def build_search(
     cannot have.
     """
     measure, limit = parse_target(settings.target, axes, table)
-    derived = derive_settings(settings, measure, model) | {"target": limit}
+    derived = derive_settings(settings, model) | {"target": limit}
     if not augments:
         derived["augment"] = False
-    prices = None
-    if table:
-        candidates = candidate_paths(model)
-        prices = spread_times(axes, candidates, ops=table.ops, beside=table.sums, layers=table.layers, rest=table.rest)
-        if limit <= prices.rest:
-            raise ValueError(f"{prices.rest:.3g} ms stay whatever is removed; give a target above, not {limit:g} ms")
-    search = make_search(settings, measure, derived, prices)
+    search = make_search(settings, measure, derived, table)
     space = search.space
     if plan is not None and space.ends != plan.ends:
         ends = ", ".join(str(end + 1) for end in plan.ends)
@@ -214,5 +204,5 @@ def measure_times(
     first = first_examples(inputs.data.search.train, settings.batch_size)
     batch = pack_batch(first.inputs).to(device_of(inputs.model))
     if ranks.leads and not recorded:
-        recorded = asdict(measure_latency(inputs.model, batch))
+        recorded = asdict(measure_latency(inputs.model, inputs.axes, batch, round_to=settings.round_to))
     return batch, Latency(**broadcast_record(ranks, recorded))

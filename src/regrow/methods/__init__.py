@@ -38,7 +38,7 @@ class MethodEntry:
     Args:
         kind: The task of the method.
         settings: A dataclass with a default for every field, documented in its docstring.
-        build: Returns the method; called with the settings, and with the keyword arguments of :meth:`create`.
+        build: Returns the method; called with the settings.
         citation: The paper to cite.
         about: The docstring of the method's module: what the paper does, and where this implementation differs.
     """
@@ -57,11 +57,10 @@ class MethodEntry:
         """
         return {field.name: field.default for field in fields(self.settings) if field.name not in chosen}
 
-    def create(self, name: str, settings: Mapping[str, object], **inputs: object) -> Any:
+    def create(self, name: str, settings: Mapping[str, object]) -> Any:
         """Build the method; settings not given have defaults. ValueError for an unknown setting or a wrong type.
 
-        ``name``: the method's, for errors; ``inputs`` are further keyword arguments of ``build``, such as ``prices``,
-        the time that operations take. Returns a Pruner, a Learner, a Search or what a recovery's ``build`` returns.
+        ``name``: the method's, for errors. Returns what ``build`` does: a Pruner, a Learner, a Search or a recovery.
         """
         if not isinstance(settings, Mapping):
             raise ValueError(f"settings must be a dict from names to values, got {settings!r:.60}")
@@ -74,7 +73,7 @@ class MethodEntry:
             if isinstance(value, str) and isinstance(defaults[key], tuple):  # several values with commas
                 values[key] = [parse_pairs([f"{key}={part.strip()}"])[key] for part in value.split(",")]
         remedy = f"`regrow methods {name}` explains the settings"
-        return self.build(convert(values, self.settings, name, remedy), **inputs)
+        return self.build(convert(values, self.settings, name, remedy))
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ class Settings:
         option="--mark", group=WHERE, choices=("neutral", "competed", "folded", "restated"),
     )] = ("neutral",)
     round_to: Annotated[int | None, Setting(
-        "Make widths multiples of this number (8, 64) where an axis has that many units; the budget still holds. "
+        f"{shared.ROUND} "
         "Without --method, 32 in language models: quantised files store rows of other lengths in 16 bits.",
         option="--round", group=AMOUNT, range=Range(1, 2**20), example="8",
     )] = None

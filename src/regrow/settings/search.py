@@ -66,6 +66,9 @@ class Settings:
         "if needed.",
         metavar="BYTES", group=SEARCH, common=True, example="2GiB",
     )] = ""
+    round_to: Annotated[int, Setting(
+        shared.ROUND, option="--round", group=SEARCH, range=Range(1, 2**20), example="8",
+    )] = 1
     epochs: Annotated[int, Setting(
         "Epochs of the search; 0 for methods that do not train.",
         group=SEARCH, common=True, range=Range(0, 10**6),

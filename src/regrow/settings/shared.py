@@ -25,6 +25,9 @@ MethodSettings = Annotated[Mapping[str, Any], Setting(
     option="--set", metavar="NAME=VALUE", common=True,
 )]
 BatchSize = Annotated[int, Setting("Training examples per step.", group=TRAINING, common=True, range=Range(1, 2**20))]
+ROUND = (
+    "Make widths multiples of this number (8, 64) where an axis has that many units; the budget still holds."
+)
 # The allowed learning rates.
 RATES = Range(0, 1000, exclusive_minimum=True, exclusive_maximum=True)
 LearningRate = Annotated[float, Setting(

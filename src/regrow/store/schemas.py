@@ -12,6 +12,7 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Int64 = Annotated[int, msgspec.Meta(ge=-(2**63) + 1, le=2**63 - 1)]
 Shape = Annotated[tuple[Size, ...], msgspec.Meta(max_length=16)]  # of a tensor
 Milliseconds = Annotated[float, msgspec.Meta(ge=0, lt=1e9)]
+NonNegative = Annotated[float, msgspec.Meta(ge=0)]
 Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]  # SHA-256
 
 
@@ -62,12 +63,10 @@ class SourceJson(msgspec.Struct, frozen=True):
 
 
 class LatencyJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The times in the ``run.json`` of a search: measured milliseconds of operations, sums and layers."""
+    """The times in the ``run.json`` of a search: measured milliseconds of modules at several widths."""
 
-    total: Milliseconds  # of a whole forward pass
-    ops: dict[str, Milliseconds]  # path of a candidate operation → its time
-    sums: dict[str, Milliseconds]  # path of candidates → time beside that of their operations
-    layers: dict[str, Milliseconds]  # path of a layer that lies in no operation → its time
+    # Module path → its size (of a layer: entries) and time, of ascending size
+    curves: dict[str, Annotated[list[tuple[NonNegative, Milliseconds]], msgspec.Meta(min_length=1)]]
 
 
 class RunJson(msgspec.Struct, frozen=True):

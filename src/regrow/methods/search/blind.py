@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from regrow.allocation.cost import Prices
 from regrow.allocation.levels import GRANULARITIES, check_levels
 from regrow.core.amounts import Measure
 from regrow.methods.search import Commit, Search
@@ -66,8 +65,8 @@ class RandomSearch(Search):
 
     needs_epochs = False
 
-    def __init__(self, s: Settings, prices: Prices | None = None) -> None:
-        super().__init__(s, SearchSpace(s.target, Measure(s.measure), s.what, s.stages[-1:], prices))
+    def __init__(self, s: Settings) -> None:
+        super().__init__(s, SearchSpace(s.target, Measure(s.measure), s.what, s.stages[-1:]))
         self.s = s
 
     def trains(self, state: SearchState, context: Context) -> bool:

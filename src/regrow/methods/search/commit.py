@@ -182,7 +182,20 @@ def plan_restoration(search: Search, share: float, state: SearchState, context: 
     scores = score_cut_filters(search, state, context, restorable, take_examples(context))
     for _, key, unit in sorted(scores, reverse=True)[:count]:
         back.setdefault(key, []).append(unit)
-    return Plan.restoring(context.axes, back, origin={"method": "mgas", "epoch": context.epoch}), state
+    back = _take_multiples(state, back)
+    return Plan.restoring(
+        context.axes, back, origin={"method": "mgas", "epoch": context.epoch}
+    ) if back else None, state
+
+
+def _take_multiples(state: SearchState, back: Mapping[str, list[int]]) -> dict[str, list[int]]:
+    """Return the first of ``back``, axis key → filters, so that axes keep multiples of their layout's ``round_to``."""
+    result, step = dict[str, list[int]](), state.layout.round_to
+    for key, (_, size, _) in iterate_spans(state.layout):
+        units = back.get(key, [])
+        if count := len(units) if size < step else len(units) // step * step:
+            result[key] = units[:count]
+    return result
 
 
 def _find_restorable(state: SearchState, context: Context) -> dict[str, list[int]]:
@@ -214,7 +227,10 @@ def plan_refill(search: Search, state: SearchState, context: Context, target: fl
         if not back or used + cost[key] <= room / 2:
             back.setdefault(key, []).append(unit)
             used += cost[key]
-    return Plan.restoring(context.axes, back, origin={"method": "search", "epoch": context.epoch}), state
+    back = _take_multiples(state, back)
+    return Plan.restoring(
+        context.axes, back, origin={"method": "search", "epoch": context.epoch}
+    ) if back else None, state
 
 
 def release_weights(search: Search, share: float, state: SearchState, context: Context) -> SearchState:

@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from regrow.allocation.cost import Prices
 from regrow.allocation.darts import Edges, select_operations
 from regrow.allocation.gates import GateMasks
 from regrow.core.amounts import Measure
@@ -65,9 +64,9 @@ class Darts(Search):
 
     second_share = 0.5
 
-    def __init__(self, s: Settings, prices: Prices | None = None) -> None:
+    def __init__(self, s: Settings) -> None:
         removable = ("operations", "filters")
-        space = SearchSpace(s.target, Measure(s.measure), ("filters",), s.stages[-1:], prices, removable=removable)
+        space = SearchSpace(s.target, Measure(s.measure), ("filters",), s.stages[-1:], removable=removable)
         super().__init__(s, space)
         self.s = s
 

@@ -22,7 +22,6 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from regrow.allocation.cost import Prices
 from regrow.allocation.gates import GateMasks
 from regrow.core.amounts import Measure
 from regrow.core.candidates import candidate_paths
@@ -80,8 +79,8 @@ class Settings:
 class GoldNas(Search):
     """The GOLD-NAS-like search: a growing regulariser of operations, and drops after each epoch."""
 
-    def __init__(self, s: Settings, prices: Prices | None = None) -> None:
-        super().__init__(s, SearchSpace(s.target, Measure(s.measure), ("operations",), s.stages[-1:], prices))
+    def __init__(self, s: Settings) -> None:
+        super().__init__(s, SearchSpace(s.target, Measure(s.measure), ("operations",), s.stages[-1:]))
         self.s = s
 
     def check(self, context: Context) -> None:

@@ -29,7 +29,6 @@ from typing import Annotated
 
 import torch
 
-from regrow.allocation.cost import Prices
 from regrow.allocation.levels import check_levels
 from regrow.core.amounts import Measure
 from regrow.core.axes.axis import AxisTensor
@@ -100,8 +99,8 @@ class Mgas(Search):
     restores = True
     trains_thresholds = True
 
-    def __init__(self, s: Settings, prices: Prices | None = None) -> None:
-        super().__init__(s, SearchSpace(s.target, Measure(s.measure), s.levels, s.stages, prices))
+    def __init__(self, s: Settings) -> None:
+        super().__init__(s, SearchSpace(s.target, Measure(s.measure), s.levels, s.stages))
         self.s, self.stages, self.masked = s, max(1, len(s.stages)), s.levels
         self.searches_operations = "operations" in s.levels
         if self.searches_operations:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from regrow.allocation.commits import least_cost
-from regrow.allocation.cost import Prices
 from regrow.allocation.darts import Edges
 from regrow.allocation.gates import GateMasks, Gates, build_gates
+from regrow.allocation.latency import Latency
 from regrow.allocation.levels import GRANULARITIES, counted_tensors
 from regrow.core.amounts import Measure
 from regrow.core.axes.axis import AxisTensor
@@ -29,8 +29,9 @@ class SearchSpace:
     granularities: tuple[str, ...] = GRANULARITIES  # those that have masks
     # The index of the last part of the network that each stage trains; empty: the whole network, in one stage.
     ends: tuple[int, ...] = ()
-    prices: Prices | None = None  # the time in ms that weights and operations take, if that is the measure
     removable: tuple[str, ...] = ()  # granularities of which something may be removed; empty: those that have masks
+    latency: Latency | None = None  # the measured times, if these are the measure
+    round_to: int = 1  # axes that lose filters keep multiples of this
 
     def part(self, stage: int) -> int:
         """Return the index of the last network part that a stage trains, −1 for all; stage −1 is the last stage."""
@@ -162,7 +163,8 @@ def build_layout(space: SearchSpace, axes: tuple[str, ...], context: Context, pa
         cast(Staged, context.model).required_groups() if is_staged else [*candidate_paths(context.model).values()],
         runs,
         space.measure,
-        space.prices,
+        space.latency,
+        space.round_to,
     )
     layout = move_tensors(layout, device_of(context.model))
     layout.levels.precompute()  # a resumed run's first step needs no more memory than any other

@@ -21,7 +21,6 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from regrow.allocation.cost import Prices
 from regrow.allocation.gates import GateMasks
 from regrow.allocation.levels import check_levels
 from regrow.allocation.proposals import Saliency, choose_proposal, propose_removals
@@ -82,8 +81,8 @@ class Trials(Search):
 
     restores = True
 
-    def __init__(self, s: Settings, prices: Prices | None = None) -> None:
-        super().__init__(s, SearchSpace(s.target, Measure(s.measure), s.levels, s.stages[-1:], prices))
+    def __init__(self, s: Settings) -> None:
+        super().__init__(s, SearchSpace(s.target, Measure(s.measure), s.levels, s.stages[-1:]))
         self.s, self.masked = s, s.levels
 
     def check_epochs(self, epochs: int) -> None:
