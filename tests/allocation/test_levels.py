@@ -16,8 +16,8 @@ from regrow.allocation.commits import (
     sample_operations,
     select_removed,
 )
-from regrow.allocation.cost import spread_times
 from regrow.allocation.gates import build_gates
+from regrow.allocation.latency import Latency
 from regrow.core.amounts import Measure
 from regrow.core.candidates import Candidates, candidate_paths
 from regrow.evaluation import macs
@@ -136,32 +136,55 @@ def test_gradients_are_the_same_every_time_on_several_threads():
     assert all(torch.equal(x, y) for other in others for x, y in zip(first, other, strict=True))
 
 
-def test_a_latency_table_prices_operations_layers_and_their_filters(traced):
-    net, axes, _ = traced
+def curves_of(net):
+    """Invented times: of layers at no and at all entries, of other modules at half and at full width."""
     sums = candidate_paths(net)
-    ops = [path for paths in sums.values() for path in paths]
-    kinds = (torch.nn.Conv2d, torch.nn.BatchNorm2d)
-    layers = [name for name, m in net.named_modules() if isinstance(m, kinds) and ".ops." not in name]
-    table = {path: 0.5 + 0.01 * i for i, path in enumerate([*ops, *sums, *layers])}
-    parts = {"ops": ops, "beside": sums, "layers": layers}
+    held = {}
+    for name, parameter in net.named_parameters():
+        if (path := name.rpartition(".")[0]) not in sums:
+            held[path] = held.get(path, 0) + parameter.numel()
+    layers = {path: ((0.0, 0.1), (float(n), 0.5 + 0.01 * i)) for i, (path, n) in enumerate(held.items())}
+    ops = [op for paths in sums.values() for op in paths if op not in held]
+    return Latency(layers | {path: ((0.5, 0.2), (1.0, 0.3 + 0.01 * i)) for i, path in enumerate([*ops, *sums, ""])})
+
+
+def timed_in(net, axes, latency):
     keys = [axis.key for axis in axes.units()]
-    spread = spread_times(axes, sums, **{name: {p: table[p] for p in own} for name, own in parts.items()}, rest=2.0)
-    found = build_gates(
-        net, axes, dict(net.named_parameters()), keys, net.required_groups(), lambda path: True, Measure.TIME, spread
-    )
-    every, filters = torch.ones(len(ops)), torch.ones(found.levels.filters)
-    whole = float(found.levels.size(every, filters))
-    assert whole == pytest.approx(sum(table.values()) + 2.0)
+    parameters, every = dict(net.named_parameters()), net.required_groups()
+    return build_gates(net, axes, parameters, keys, every, lambda path: True, Measure.TIME, latency)
+
+
+def test_the_predicted_time_is_the_measured_one_at_full_width_and_falls_with_every_axis_and_operation(traced):
+    net, axes, _ = traced
+    latency = curves_of(net)
+    found, sums = timed_in(net, axes, latency), candidate_paths(net)
+    ops, filters = torch.ones(len(found.ops)), torch.ones(found.levels.filters)
+    whole = float(found.levels.size(ops, filters))
+    assert whole == pytest.approx(latency.total)
+    for base, size, least in found.spans:
+        narrow = filters.clone()
+        narrow[base + least : base + size] = 0.0
+        assert float(found.levels.size(ops, narrow)) < whole
     first, paths = next(iter(sums.items()))
-    one = every.clone()
-    one[0] = 0.0
-    assert whole - float(found.levels.size(one, filters)) == pytest.approx(table[ops[0]] + table[first] / len(paths))
-    none = torch.zeros(len(found.levels.reads))
-    assert float(found.levels.size(every, filters, none)) == whole, "a weight that is 0 takes as long as another"
-    stem = net.get_parameter("stem.0.weight")
-    assert spread.entries["stem.0.weight"] * stem.numel() == pytest.approx(table["stem.0"])
-    filters[1::2] = 0.0
-    assert 2.0 < float(found.levels.size(every, filters)) < whole
+    inside = sum(curve[-1][1] for path, curve in latency.curves.items() if f"{path}.".startswith(f"{paths[0]}."))
+    shared = latency.curves[first][-1][1] / len(paths)
+    one = ops.index_fill(0, torch.tensor([0]), 0.0)
+    assert whole - float(found.levels.size(one, filters)) == pytest.approx(inside + shared)
+    assert float(found.prices()[0]) == pytest.approx(inside + shared)
+    assert float(found.levels.size(ops, filters, torch.zeros(len(found.levels.reads)))) == whole, "zeros take time, too"
+
+
+def test_the_predicted_time_of_a_cut_network_is_that_under_its_masks(traced):
+    net, axes, _ = traced
+    latency = curves_of(net)
+    found = timed_in(net, axes, latency)
+    masks = drawn_masks(found, dict(net.named_parameters()), 0)
+    drop, keep = select_removed(found, masks, axes)
+    small, after = apply(copy.deepcopy(net), axes, Plan.dropping(axes, drop, keep))
+    left = timed_in(small, after, latency)
+    assert bool(drop) and bool(keep)
+    size = left.levels.size(left.alive.float(), torch.ones(left.levels.filters))
+    assert float(size) == pytest.approx(float(found.levels.size(masks.ops, masks.filters)))
 
 
 @pytest.mark.parametrize("measure", [Measure.PARAMETERS, Measure.MACS])

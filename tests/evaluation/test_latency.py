@@ -7,6 +7,7 @@ from torch import nn
 from regrow.core.candidates import Candidates
 from regrow.core.sources import Batch
 from regrow.evaluation.timing import measure_latency
+from regrow.tracing import trace
 
 
 class Unused(nn.Module):
@@ -37,12 +38,24 @@ def inner() -> nn.Module:
         (Unused(), {"spare.ops.a", "spare.ops.b"}, {"runs"}),
     ],
 )
-def test_parts_are_no_more_than_the_whole(net: nn.Module, ops: set[str], layers: set[str]) -> None:
-    """Nested candidates are a part of what they lie in, a root that is candidates is one sum, what never runs is 0."""
-    table = measure_latency(net, Batch((torch.randn(64, 4),)), repeats=3)
-    assert (set(table.ops), set(table.layers)) == (ops, layers)
-    parts = [*table.ops.values(), *table.sums.values(), *table.layers.values()]
-    assert min(parts) >= 0 and sum(parts) + table.rest == pytest.approx(table.total)
+def test_own_times_add_up_to_the_whole(net: nn.Module, ops: set[str], layers: set[str]) -> None:
+    """A module's time is that beside the modules in it, what never runs takes none, and no width below is slower."""
+    x = torch.randn(64, 4)
+    table = measure_latency(net, trace(net, x[:2]), Batch((x,)), repeats=3)
+    assert ops | layers <= table.curves.keys()
+    for curve in table.curves.values():
+        sizes, times = zip(*curve, strict=True)
+        assert list(sizes) == sorted({*sizes}) and list(times) == sorted(times) and min(times) >= 0
+    assert table.total > 0
     if isinstance(net, Unused):
-        assert table.ops["spare.ops.a"] == 0 < table.layers["runs"]
+        assert table.curves["spare.ops.a"][-1][1] == 0 < table.curves["runs"][-1][1]
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+
+
+def test_layers_are_timed_at_several_widths() -> None:
+    net = nn.Sequential(nn.Linear(8, 100), nn.ReLU(), nn.Linear(100, 2))
+    x = torch.randn(2048, 8)
+    table = measure_latency(net, trace(net, x[:2]), Batch((x,)), round_to=8, repeats=3)
+    assert [int(size) for size, _ in table.curves["0"]] == [9 * width for width in (8, 16, 48, 72, 88, 100)]
+    assert [size for size, _ in table.curves[""]][-1] == 1.0
+    assert table.curves["0"][0][1] < table.curves["0"][-1][1]

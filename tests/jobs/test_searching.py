@@ -13,6 +13,7 @@ import torch
 import regrow
 from jobs.results import rows, same_parameters
 from regrow.allocation.commits import kind_of
+from regrow.allocation.latency import Latency
 from regrow.allocation.levels import GRANULARITIES
 from regrow.allocation.stages import MemoryStages
 from regrow.core import amounts
@@ -22,7 +23,6 @@ from regrow.core.errors import InputError
 from regrow.core.objectives import CLASSIFICATION
 from regrow.data.vision import cut_out
 from regrow.evaluation.continual import mean_score
-from regrow.evaluation.timing import Latency
 from regrow.jobs import search as searching
 from regrow.jobs import search_inputs
 from regrow.jobs.recording import ActiveRun, Invocation
@@ -498,13 +498,12 @@ def test_a_target_that_is_none_is_refused(text: str, message: str) -> None:
 
 def invented(model: torch.nn.Module, scale: float = 1.0) -> Latency:
     """A latency table of the same form as one that is measured, with times that are nobody's."""
-    sums = candidate_paths(model)
-    ops = {path: scale * (1 + i / 100) for i, path in enumerate(p for paths in sums.values() for p in paths)}
-    layers = {
-        name: 0.5 for name, one in model.named_modules() if isinstance(one, torch.nn.Conv2d) and ".ops." not in name
-    }
-    total = sum(ops.values()) + 0.1 * len(sums) + sum(layers.values()) + 2.0
-    return Latency(total, ops, dict.fromkeys(sums, 0.1), layers)
+    held: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        if not name.endswith("scale"):
+            held[name.rpartition(".")[0]] = held.get(name.rpartition(".")[0], 0) + parameter.numel()
+    layers = {path: ((0.0, 0.1 * scale), (float(n), scale * (1 + i / 100))) for i, (path, n) in enumerate(held.items())}
+    return Latency(layers | {"": ((1.0, 2.0),)} | dict.fromkeys(candidate_paths(model), ((1.0, 0.1),)))
 
 
 def test_a_target_in_milliseconds_is_met_by_the_table_of_the_run(
@@ -518,7 +517,7 @@ def test_a_target_in_milliseconds_is_met_by_the_table_of_the_run(
         )[0]
     )
     settings = Settings("cells:4-2-1", "digits", f" ms={0.5 * table.total:.4f}", **given)
-    monkeypatch.setattr(search_inputs, "measure_latency", lambda *_: table)
+    monkeypatch.setattr(search_inputs, "measure_latency", lambda *_, **__: table)
     done = search_named(settings, Invocation(tmp_path / "run"))
     told, levels = rows(done, "latency")[0], rows(done, "levels")[0]
     assert told["whole"] == table.total and told["found"] > 0
@@ -530,12 +529,12 @@ def test_a_target_in_milliseconds_is_met_by_the_table_of_the_run(
     with pytest.raises(KeyboardInterrupt):
         search_named(settings, Invocation(tmp_path / "killed"))
     monkeypatch.setattr(
-        search_inputs, "measure_latency", lambda model, *_: invented(model, 3.0)
+        search_inputs, "measure_latency", lambda model, *_, **__: invented(model, 3.0)
     )  # the machine is slower now
     kept = tmp_path / "killed" / ".work" / "run.json"
     text = kept.read_text()
-    for damaged in ('"total": -', '"wrong": '):
-        kept.write_text(text.replace('"total": ', damaged))
+    for damaged in ({"curves": {"": []}}, {"curves": {"": [[1.0, -2.0]]}}, {"curves": {}, "total": 1.0}):
+        kept.write_text(json.dumps(json.loads(text) | {"latency": damaged}))
         with pytest.raises(StoreError, match=r"run\.json.*latency"):
             search_named(settings, Invocation(tmp_path / "killed"))
     kept.write_text(text)
@@ -544,11 +543,27 @@ def test_a_target_in_milliseconds_is_met_by_the_table_of_the_run(
     assert same_parameters(*both)
 
 
+@pytest.mark.parametrize("method", ["mgas", "trials", "blind"])
+def test_widths_are_rounded(tmp_path: Path, method: str) -> None:
+    """Axes of 4, 8 and 12 filters keep multiples of 4, within the target."""
+    given: dict[str, Any] = {"method_settings": QUICK if method == "mgas" else {}, **SMALL, "retrain": 0}
+    levels = {"what" if method == "blind" else "levels": "filters"}
+    given["method_settings"] = {**given["method_settings"], **levels}
+    done = search_named(
+        Settings("cells:4-2-1", "digits", "params=60%", method=method, round_to=4, **given),
+        Invocation(tmp_path / "run"),
+    )
+    found, levels_row = regrow.load(done.path), rows(done, "levels")[0]
+    widths = [len(norm.weight) for norm in found.modules() if isinstance(norm, torch.nn.BatchNorm2d)]
+    assert {width % 4 for width in widths} == {0} and levels_row["saved"]["filters"] > 0
+    assert levels_row["size"] <= levels_row["asked"]
+
+
 def test_a_time_that_cannot_be_reached_is_refused_before_the_search(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(search_inputs, "measure_latency", lambda model, *_: invented(model))
-    for target_, message in (("ms=1.9", "whatever is removed"), ("ms=1000", "not below")):
+    monkeypatch.setattr(search_inputs, "measure_latency", lambda model, *_, **__: invented(model))
+    for target_, message in (("ms=1.9", "whatever goes"), ("ms=1000", "not below")):
         with pytest.raises(ValueError, match=message):
             search_named(
                 Settings("cells:4-2-1", "digits", target_, **SMALL | {"epochs": 6}), Invocation(tmp_path / "run")
