@@ -261,7 +261,9 @@ def _make_monotone(curve: dict[W, float]) -> list[tuple[W, float]]:
     return result[::-1]
 
 
-def measure_latency(model: nn.Module, axes: AxisGraph, batch: Batch, *, round_to: int = 1, repeats: int = 9) -> Latency:
+def measure_latency(
+    model: nn.Module, axes: AxisGraph, batch: Batch, *, round_to: int = 1, repeats: int = 9, progress: Progress = silent
+) -> Latency:
     """Measure the milliseconds of each candidate operation, each sum of them, and each layer, at several widths.
 
     All axes that a search cuts are narrowed together: to their least width, some between, and the full one. Each module
@@ -274,6 +276,7 @@ def measure_latency(model: nn.Module, axes: AxisGraph, batch: Batch, *, round_to
         batch: The inputs of the pass.
         round_to: Measured widths are multiples of this where possible; without rounding, odd, as after most searches.
         repeats: The number of timed calls of each, after a warm-up call.
+        progress: As of :func:`time_widths`.
 
     >>> net = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 2))
     >>> table = measure_latency(net, trace(net, torch.ones(2, 4)), Batch((torch.ones(8, 4),)))
@@ -295,8 +298,10 @@ def measure_latency(model: nn.Module, axes: AxisGraph, batch: Batch, *, round_to
             reason = f"with its axes at {share:.0%} of their widths", "give a target in params or macs"
             networks.append(_resize_call(model, axes, sizes, whole, *reason))
         calls = [_record_calls(network, paths) for network in networks]
-        fastest = iter(_time_fastest([call for part in calls for call in part.values()], device, repeats, silent))
-    times = [_own_times({path: next(fastest) * call.times / 1e6 for path, call in part.items()}) for part in calls]
+        fastest = iter(_time_fastest([call for part in calls for call in part.values()], device, repeats, progress))
+    totals = fastest_passes([network.module for network in networks], batch, repeats=3 * repeats)
+    found = [{path: next(fastest) * call.times / 1e6 for path, call in part.items()} for part in calls]
+    times = [_own_times(each, total / 1e6) for each, total in zip(found, totals, strict=True)]
     entries = [
         {path: sum(network.module.get_parameter(name).numel() for name in names) for path, names in held.items()}
         for network in networks
@@ -306,18 +311,23 @@ def measure_latency(model: nn.Module, axes: AxisGraph, batch: Batch, *, round_to
     means = [sum(weight[path] * n / entries[0][path] for path, n in each.items()) / (total or 1) for each in entries]
     for path in paths:
         curve: dict[float, float] = {}
-        for each, mean, found in zip(entries, means, times, strict=True):
-            curve.setdefault(each.get(path, mean if total else 1.0), found.get(path, 0.0))  # never called: no time
+        for each, mean, own in zip(entries, means, times, strict=True):
+            curve.setdefault(each.get(path, mean if total else 1.0), own.get(path, 0.0))  # never called: no time
         curves[path] = tuple(_make_monotone(curve))
     return Latency(curves)
 
 
-def _own_times(times: Mapping[str, float]) -> dict[str, float]:
-    """Return the time of each module beside the modules in it, from module path → its time; in all that of ``""``."""
-    own = dict(times)
-    for path in times:
-        if path:
-            own[next((outer for outer in enclosing_modules(path) if outer in own), "")] -= times[path]
-    own = {path: max(0.0, time) for path, time in own.items()}
-    scale = times[""] / sum(own.values())
-    return {path: time * scale for path, time in own.items()}
+def _own_times(times: Mapping[str, float], total: float) -> dict[str, float]:
+    """Return the time of each module beside the modules in it, from module path → its time; in all ``total``.
+
+    Small modules take longer alone, so the times of modules are scaled to what the one around them takes.
+    """
+    outer = {path: next((path for path in enclosing_modules(path) if path in times), "") for path in times if path}
+    inside = dict.fromkeys(times, 0.0)
+    for path, around in outer.items():
+        inside[around] += times[path]
+    own = {path: max(0.0, time - inside[path]) for path, time in times.items()}
+    scale = {"": total / (own[""] + inside[""])}
+    for path in sorted(outer, key=len):  # what lies outside comes first
+        scale[path] = scale[outer[path]] * times[path] / ((own[path] + inside[path]) or 1.0)
+    return {path: time * scale[path] for path, time in own.items()}

@@ -142,7 +142,7 @@ def search_network(
     recorded = run.recorder.check(identity)
     opened = open_inputs(run)
     data = opened.data
-    batch, table = measure_times(settings, opened, recorded.get("latency"), run.ranks)
+    batch, table = measure_times(settings, opened, recorded.get("latency"), run)
     check_same_tasks(run.ranks, opened.model, (data.search, data.whole))
     search = build_search(settings, opened.model, opened.axes, opened.stages, table, augments=not opened.in_place)
     context = Context(opened.model, opened.axes, data.search, epochs=settings.epochs, seed=settings.seed)

@@ -18,9 +18,9 @@ from regrow.core.names import names_function
 from regrow.core.objectives import CLASSIFICATION, NEXT_TOKEN, Objective
 from regrow.core.sources import Batch, device_of, move_inputs
 from regrow.core.tasks import ExampleSet, ExamplesView, Task, first_examples, pack_batch
-from regrow.distributed import ProcessRank
 from regrow.distributed.parallel import broadcast_record
 from regrow.evaluation.timing import measure_latency
+from regrow.jobs.recording import ActiveRun
 from regrow.jobs.starting import TaskSpecs, make_task_schedule, read_tasks, select_method_settings
 from regrow.methods import MethodKind, find_method
 from regrow.methods.search import Search
@@ -196,13 +196,14 @@ def remeasure_batchnorms(model: nn.Module, context: Context, batch_size: int) ->
 
 
 def measure_times(
-    settings: Settings, inputs: SearchInputs, recorded: dict[str, Any] | None, ranks: ProcessRank
+    settings: Settings, inputs: SearchInputs, recorded: dict[str, Any] | None, run: ActiveRun
 ) -> tuple[Batch | None, Latency | None]:
     """Return a batch and its pass's times, ``recorded`` or measured on rank 0; ``None``s unless the target is in ms."""
     if parse_search_target(settings.target).measure != Measure.TIME:
         return None, None
     first = first_examples(inputs.data.search.train, settings.batch_size)
     batch = pack_batch(first.inputs).to(device_of(inputs.model))
-    if ranks.leads and not recorded:
-        recorded = asdict(measure_latency(inputs.model, inputs.axes, batch, round_to=settings.round_to))
-    return batch, Latency(**broadcast_record(ranks, recorded))
+    if run.ranks.leads and not recorded:
+        table = measure_latency(inputs.model, inputs.axes, batch, round_to=settings.round_to, progress=run.progress)
+        recorded = asdict(table)
+    return batch, Latency(**broadcast_record(run.ranks, recorded))
