@@ -274,10 +274,11 @@ def measure_latency(
         model: The network, on the device to measure.
         axes: Its axes.
         batch: The inputs of the pass.
-        round_to: Measured widths are multiples of this where possible; without rounding, odd, as after most searches.
+        round_to: Measured widths are multiples of this where possible.
         repeats: The number of timed calls of each, after a warm-up call.
         progress: As of :func:`time_widths`.
 
+    >>> from regrow.tracing import trace
     >>> net = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 2))
     >>> table = measure_latency(net, trace(net, torch.ones(2, 4)), Batch((torch.ones(8, 4),)))
     >>> [*table.curves], table.curves["0"][-1][0], table.total > 0
@@ -321,6 +322,9 @@ def _own_times(times: Mapping[str, float], total: float) -> dict[str, float]:
     """Return the time of each module beside the modules in it, from module path → its time; in all ``total``.
 
     Small modules take longer alone, so the times of modules are scaled to what the one around them takes.
+
+    >>> _own_times({"": 10, "a": 4, "a.b": 8}, 5)
+    {'': 3.0, 'a': 0.0, 'a.b': 2.0}
     """
     outer = {path: next((path for path in enclosing_modules(path) if path in times), "") for path in times if path}
     inside = dict.fromkeys(times, 0.0)
