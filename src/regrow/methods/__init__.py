@@ -125,7 +125,7 @@ class MethodTable(Mapping[str, MethodEntry]):
 
 _NAMES = {
     MethodKind.PRUNING: "random magnitude wanda_sp flap gprune llm_pruner obs depth fisher",
-    MethodKind.CONTINUAL: "naive ewc si lwf replay packnet wsn sparsegrow",
+    MethodKind.CONTINUAL: "naive ewc si laplace ncl gpm lwf replay packnet wsn sparsegrow",
     MethodKind.SEARCH: "mgas trials blind darts gold_nas",
     MethodKind.RECOVERY: "refit lora distil",
 }

@@ -220,13 +220,15 @@ class _TaskTraining(Generic[S]):
         state = replace(state, learner=self._call_boundary(Event.EPOCH_START))
         done, total = sum(self.phase.epochs[: context.epoch]), sum(self.phase.epochs)
         for i, (batches, second) in islice(enumerate(self.phase.batches(context)), state.step, None):
+            factor = self.schedule.lr_factor(done + i, total)
             if self.schedule.decay != "constant" or self.schedule.warm_up:
-                self.optimizers.set_rates(self.schedule.lr_factor(done + i, total))
+                self.optimizers.set_rates(factor)
             with options.around(state.learner, context, i):
                 self.optimizers.clear_gradients()
                 step, loss = compute_gradients(
                     self.learner, state.learner, context, i, batches, second, self.schedule.precision, options.parallel
                 )
+                step = replace(step, lr=factor * self.schedule.lr)
                 learned = self.learner.project(state.learner, context, step)
                 if clip:
                     nn.utils.clip_grad_norm_([p for p in context.parameters().values() if p.requires_grad], clip)

@@ -210,6 +210,7 @@ class Step:
         second: A batch of the second part of the training examples, for learners with a ``second_share``.
         replaced: The result of the ``parametrize`` hook.
         aux: :attr:`Loss.aux`, once the ``loss`` hook has run; ``None`` before.
+        lr: The learning rate of the network's parameters in this step.
     """
 
     index: int
@@ -217,6 +218,7 @@ class Step:
     second: Examples | None = None
     replaced: Replacements = NO_REPLACEMENTS
     aux: Any = None
+    lr: float = 0.0
 
 
 @dataclass(frozen=True)

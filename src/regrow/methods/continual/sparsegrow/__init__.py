@@ -36,14 +36,14 @@ from regrow.allocation.widening import growable_axes, plan_growth, producing_wei
 from regrow.core.axes import Axis
 from regrow.core.axes.axis import AxisTensor
 from regrow.core.plan import Fill, Plan
-from regrow.core.sources import Batch
 from regrow.core.tasks import mask_classes
-from regrow.methods.continual.sparsegrow import gate
-from regrow.methods.continual.sparsegrow.gate import SparseGrowState
+from regrow.methods.continual.sparsegrow.state import SparseGrowState
+from regrow.protection.factors import add_factors
+from regrow.protection.growth import direct_new_units, extend_anchor, fit_to_task, weigh_new_units
+from regrow.protection.guards import apply_guards, build_guards
 from regrow.settings.constraints import CheckedSettings, Count, Fraction, NonNegative, OneOf, Range
-from regrow.surgery import fit_new_units
-from regrow.surgery.new_units import new_units, sparsify_new_units, split_entries
-from regrow.training.hooks import add_to_replay_memory, draw_from_replay_memory
+from regrow.surgery.new_units import sparsify_new_units
+from regrow.training.hooks import add_to_replay_memory, copy_parameters, draw_from_replay_memory
 from regrow.training.learner import (
     Boundary,
     Context,
@@ -83,13 +83,15 @@ class Settings(CheckedSettings):
         gate: How earlier tasks are protected: ``kronecker``: layers move little in directions that earlier tasks used;
             ``hard``: owned entries are frozen; ``none``.
         strength: The strength of the gate ``kronecker``.
+        pull: Under that gate, the strength of a penalty in the same directions, around the parameters of earlier tasks.
         damping: Under that gate, the importance of a hidden unit that earlier tasks did not use, as a fraction of the
             mean: trained freely, it could become active on their inputs.
         group_norm_damping: Behind a norm that rescales each group of units (GroupNorm), new units are active on earlier
             inputs; the gate assumes this fraction of the mean second moment for them.
         samples: The number of examples of each task on which the gate is estimated.
         every: The gate is applied to the joint change of this many steps, which costs a fraction of its time.
-        project_new_units: Whether, under that gate, new units are projected away from the inputs of earlier tasks.
+        directions: Under that gate, where new units point: ``data``: to differences of inputs of the present task, away
+            from those of earlier tasks; ``projected``: at random, away from those; ``random``.
         memory: The number of examples of earlier tasks that are stored and replayed; the paper's abstracts name none.
         strength_factor: With a memory, in class-incremental learning, the factor on the gate's strength, which then
             leaves the output layer alone: old classes must give way to new ones, and the memory limits how far. 1: the
@@ -113,11 +115,12 @@ class Settings(CheckedSettings):
     new_unit_penalty: float = 10.0
     gate: Annotated[str, OneOf("kronecker", "hard", "none")] = "kronecker"
     strength: NonNegative = 15.0
+    pull: NonNegative = 0.0
     damping: NonNegative = 0.1
     group_norm_damping: NonNegative = 0.1
     samples: Count = 2000
     every: Count = 4
-    project_new_units: bool = True
+    directions: Annotated[str, OneOf("data", "projected", "random")] = "data"
     memory: Annotated[int, Range(0)] = 0
     strength_factor: Fraction = 0.01
     asymmetric_loss: bool = True
@@ -144,13 +147,16 @@ def _react(s: Settings, state: SparseGrowState, context: Context, boundary: Boun
     set_train_mode(state, context, boundary)
     match boundary.event:
         case Event.TASK_START:
-            return _prepare_gates(s, state if context.number else _start(s, state, context), context)
+            return _prepare_guards(s, state if context.number else _start(s, state, context), context)
         case Event.PLAN_APPLIED if boundary.plan and boundary.plan.origin.get("method") == "sparsegrow":
-            return _initialise_new_units(s, state, context, boundary.plan)
-        case Event.RESUME | Event.PLAN_APPLIED:  # a plan from elsewhere
-            return _prepare_gates(s, state, context)
+            _initialise_new_units(s, state, context, boundary.plan)
+            return _prepare_guards(s, _follow_growth(s, state, context, boundary), context)
+        case Event.PLAN_APPLIED:  # a plan from elsewhere
+            return _prepare_guards(s, _follow_growth(s, state, context, boundary), context)
+        case Event.RESUME:
+            return _prepare_guards(s, state, context)
         case Event.EPOCH_END:
-            gate.apply_gates(state, context)
+            _apply_guards(s, state, context)
         case Event.TASK_END:
             return _end_task(s, state, context)
     return state
@@ -216,9 +222,9 @@ def _protect_gradients(state: SparseGrowState, context: Context, step: Step) -> 
 
 def _restrict_step(s: Settings, state: SparseGrowState, context: Context, step: Step) -> SparseGrowState:
     """Hook ``after_step``: apply the gates when due, restore frozen entries, both in place, and fill the memory."""
-    state = replace(state, steps=state.steps + 1)
-    if state.gates and state.steps % s.every == 0:
-        gate.apply_gates(state, context)
+    state = replace(state, steps=state.steps + 1, lr=step.lr)
+    if state.steps % s.every == 0:
+        _apply_guards(s, state, context)
     with torch.no_grad():
         for name, (is_frozen, value) in state.frozen.items():
             parameter = context.model.get_parameter(name)
@@ -262,23 +268,28 @@ def _plan_growth(s: Settings, state: SparseGrowState, context: Context) -> tuple
     return Plan.growing(context.axes, added, fill, origin={"method": "sparsegrow"}), replace(state, old=old)
 
 
-def _initialise_new_units(s: Settings, state: SparseGrowState, context: Context, plan: Plan) -> SparseGrowState:
-    """Make new units of ``plan`` sparse, project them off earlier inputs, scale them, in place; return the state."""
-    _, zero_entries = split_entries(context.model, context.axes, new_units(context.model, context.axes, plan))
+def _apply_guards(s: Settings, state: SparseGrowState, context: Context) -> None:
+    """Shrink the change since guards were last applied, and pull parameters to their anchor, in place."""
+    factor = s.strength_factor if _replays_classes(s, context) else 1.0
+    pull = state.lr * s.every * s.pull * factor
+    apply_guards(state.guards, context.model, gate=s.strength * factor, pull=pull)
+
+
+def _initialise_new_units(s: Settings, state: SparseGrowState, context: Context, plan: Plan) -> None:
+    """Make new units of ``plan`` sparse, point them off earlier inputs, and scale them, in place."""
     sparsify_new_units(context.model, context.axes, plan, s.density, context.generator(Stream.SPARSITY))
-    gate.weigh_new_units(state, context, s.group_norm_damping)
-    state = _prepare_gates(s, state, context)
-    if s.project_new_units:
-        gate.project_new_units(state, context)
-        for entries in zero_entries:  # outgoing weights of new units stay 0
-            parameter = context.model.get_parameter(entries.name).detach()
-            entries.set(context.model, torch.zeros_like(entries.of(parameter)))
+    if state.factors:
+        guards = build_guards(state.factors, context, copy_parameters(context), s.damping)
+        direct_new_units(guards, context, plan, s.directions, s.strength)
     if s.fit:
-        examples = context.task.train.batches(256, seed=context.generator(Stream.CALIBRATION).initial_seed())
-        batches = [Batch((batch.inputs,)) for batch in examples][:4]
         with _mask_temporarily(state, context):
-            fit_new_units(context.model, context.axes, plan, batches)
-    return _prepare_gates(s, state, context)
+            fit_to_task(context, plan)
+
+
+def _follow_growth(s: Settings, state: SparseGrowState, context: Context, boundary: Boundary) -> SparseGrowState:
+    """Return the state with factors and anchor of new units; the factors change in place."""
+    weigh_new_units(state.factors, context, share=s.group_norm_damping)
+    return replace(state, anchor=extend_anchor(state.anchor, context, boundary))
 
 
 def _end_task(s: Settings, state: SparseGrowState, context: Context) -> SparseGrowState:
@@ -295,37 +306,34 @@ def _end_task(s: Settings, state: SparseGrowState, context: Context) -> SparseGr
             used[: len(context.classes)] &= context.classes.to(used.device).view(-1, *[1] * (used.dim() - 1))
         owned |= used
     if s.gate == "kronecker":
-        state = gate.add_factors(state, context, s.samples)
+        factors = add_factors(state.factors, context, s.samples)
+        state = replace(state, factors=factors, anchor=copy_parameters(context))
     shares = {name: round(float(state.owned[name].values.double().mean()), 4) for name in context.weights}
     context.log("task", owned=shares, free=dict(state.free))
-    return replace(state, old={}, frozen={}, gates={}, last={})
+    return replace(state, old={}, frozen={}, guards={})
 
 
-def _prepare_gates(s: Settings, state: SparseGrowState, context: Context) -> SparseGrowState:
-    """Return the state with this task's gates (none in the first) and ``frozen``: owned entries without a gate."""
+def _prepare_guards(s: Settings, state: SparseGrowState, context: Context) -> SparseGrowState:
+    """Return the state with this task's guards (none in the first) and ``frozen``: owned entries without a guard."""
     if not context.number or s.gate == "none":
-        return replace(state, frozen={}, gates={})
+        return replace(state, frozen={}, guards={})
     factor = s.strength_factor if _replays_classes(s, context) else 1.0
-    ungated = context.head if factor < 1 else ()
-    gates, last, free = {}, dict(state.last), state.free
-    if s.gate == "kronecker":
-        gates = gate.build_gates(state, context, s.strength * factor, s.damping)
-        gates = {name: layer for name, layer in gates.items() if name not in ungated}
-        last = {name: gate.join_bias(context.model, name) for name in gates}
-        free = {name: round(layer.free, 4) for name, layer in gates.items()}
-    trained = {*ungated, *(name for weight in gates for name in gate.parameters_of(context.model, weight))}
+    unguarded = context.head if factor < 1 else ()
+    guards = build_guards(state.factors, context, state.anchor, s.damping, skip=unguarded)
+    free = {name: round(guard.free(s.strength * factor), 4) for name, guard in guards.items()}
+    trained = {*unguarded, *(name for guard in guards.values() for name in guard.names)}
     frozen: dict[str, tuple[Tensor, Tensor]] = {}
     for name, parameter in context.parameters().items():
         owned = state.owned[name].values
         if name not in trained and bool(owned.any()):
             frozen[name] = owned, parameter.detach().clone()
-    return replace(state, frozen=frozen, gates=gates, last=last, free=free)
+    return replace(state, frozen=frozen, guards=guards, free=free)
 
 
 def _free_share(s: Settings, state: SparseGrowState, axis: Axis, context: Context) -> float:
     """Return how free an axis is: its least :attr:`Gate.free`, or (other gates) the share neither owned nor used."""
     if s.gate == "kronecker":
-        return min((state.gates[slot.name].free for slot in axis.slots if slot.name in state.gates), default=1.0)
+        return min((state.free[slot.name] for slot in axis.slots if slot.name in state.free), default=1.0)
     shares = []
     for name in producing_weights(axis, context.axes):
         weight = context.model.get_parameter(name).detach()

@@ -1,0 +1,119 @@
+"""Gradient projection memory (GPM): gradients are orthogonal to the inputs that earlier tasks gave each layer.
+
+Saha, Garg, Roy, ICLR 2021 (arXiv 2103.09762): after a task, a layer's basis M gains the principal directions of its
+inputs that M lacks, until it holds a fraction ``energy`` of their sum of squares; then  G ← G − G M Mᵀ. Unlike there,
+the bias is one more input, which is 1, so that it is trained too. Parameters of other layers, such as those of norms,
+are frozen after the first task.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from regrow.core.axes.axis import AxisTensor
+from regrow.protection.factors import BATCH, layer_parameters, measure_factors
+from regrow.protection.guards import side_by_side, write_rows
+from regrow.settings.constraints import CheckedSettings, Count, Fraction
+from regrow.training.hooks import train_with_frozen_norms
+from regrow.training.learner import Boundary, Context, Event, Learner, Step, Stream
+
+CITATION = "Saha, Garg, Roy, Gradient projection memory for continual learning, ICLR 2021 (arXiv 2103.09762)"
+
+
+@dataclass(frozen=True)
+class Settings(CheckedSettings):
+    """Settings of gradient projection memory: how much of the inputs of earlier tasks is protected.
+
+    Args:
+        energy: The fraction of the sum of squares of a layer's inputs that its basis holds.
+        first_energy: The same for the first layer.
+        samples: The number of examples of each task whose inputs are measured.
+    """
+
+    energy: Fraction = 0.99
+    first_energy: Fraction = 0.95
+    samples: Count = 300
+
+
+@dataclass(frozen=True)
+class GpmState:
+    """The orthonormal directions M of each layer's inputs, by name of its weight, as columns."""
+
+    basis: Mapping[str, AxisTensor] = field(default_factory=dict)  # [*inputs, directions]
+    bias: Mapping[str, AxisTensor] = field(default_factory=dict)  # of the constant input of the bias, [directions]
+
+    def columns(self, name: str) -> Tensor:
+        """Return the directions of a layer, ``[n + 1, directions]``."""
+        inputs = self.basis[name].values
+        return torch.cat([inputs.reshape(-1, inputs.shape[-1]), self.bias[name].values[None]])
+
+
+def build(settings: Settings) -> Learner[GpmState]:
+    """Return the learner that trains with gradient projection memory."""
+    return Learner(GpmState(), project=_project_gradients, boundary=partial(_react, settings), classes_only=True)
+
+
+def _project_gradients(state: GpmState, context: Context, step: Step) -> GpmState:
+    """Hook ``project``: G ← G − G M Mᵀ, in place; other parameters lose their gradients after the first task."""
+    if not context.number:
+        return state
+    parameters, projected = context.parameters(), set[str]()
+    for name in state.basis:
+        names = layer_parameters(context.model, name)
+        gradients = [gradient for part in names if (gradient := parameters[part].grad) is not None]
+        if len(gradients) == len(names):
+            columns, rows = state.columns(name), side_by_side(gradients)
+            columns = columns[: rows.shape[1]]
+            write_rows(gradients, rows - rows @ columns @ columns.T)
+            projected.update(names)
+    for name in parameters.keys() - projected:
+        parameters[name].grad = None
+    return state
+
+
+def _react(settings: Settings, state: GpmState, context: Context, boundary: Boundary) -> GpmState:
+    """Hook ``boundary``: set modes of modules; at the end of a task add its directions to the bases."""
+    train_with_frozen_norms(state, context, boundary)
+    if boundary.event != Event.TASK_END:
+        return state
+    train = context.task.train
+    order = torch.randperm(len(train), generator=context.generator(Stream.FISHER_EXAMPLES))
+    examples = train.take(order[: settings.samples]).batches(BATCH)
+    measured = measure_factors(context.model, examples, context.generator(Stream.FISHER_LABELS), context.classes)
+    basis, bias, energy = dict(state.basis), dict(state.bias), settings.first_energy
+    for key in (key for key in measured if key.endswith(" inputs")):
+        name = key.removesuffix(" inputs")
+        moments = measured[key].double()
+        if len(layer_parameters(context.model, name)) == 1:
+            moments[-1], moments[:, -1] = 0, 0
+        old = state.columns(name).double() if name in basis else moments[:, :0]
+        columns = torch.cat([old, _find_directions(moments, old, energy)], 1).to(measured[key])
+        shape, dims = context.parameters()[name].shape[1:], tuple(context.axes.shapes[name][1:])
+        count = columns.shape[1]
+        basis[name] = AxisTensor(columns[:-1].reshape(*shape, count), (*dims, count))
+        bias[name] = AxisTensor(columns[-1].clone(), (count,))
+        energy = settings.energy
+    return GpmState(basis, bias)
+
+
+def _find_directions(moments: Tensor, old: Tensor, energy: float) -> Tensor:
+    """Return the fewest orthonormal directions, ``[n, new]``, that hold ``energy`` of the moments with ``old``.
+
+    ``moments``: second moments of inputs, ``[n, n]``; ``old``: orthonormal directions, ``[n, k]``.
+
+    >>> _find_directions(torch.diag(torch.tensor([6.0, 3.0, 1.0])), torch.tensor([[1.0], [0.0], [0.0]]), 0.9).abs()
+    tensor([[0.],
+            [1.],
+            [0.]])
+    """
+    outside = torch.eye(len(moments)).to(moments) - old @ old.T
+    values, vectors = torch.linalg.eigh(outside @ moments @ outside)
+    values = values.clamp_min(0).flip(0)
+    total = moments.trace()
+    held = (total - values.sum() + values.cumsum(0)) / total
+    missing = energy - (1 - values.sum() / total)
+    count = int((held < energy).sum()) + 1 if float(missing) > 0 else 0
+    return vectors.flip(1)[:, :count]

@@ -1,0 +1,62 @@
+"""Natural continual learning (NCL): steps are small in the directions that earlier tasks used, and lead back to them.
+
+Kao, Jensen, van de Ven, Bernacchia, Hennequin, NeurIPS 2021 (arXiv 2106.08085): with the Fisher information A ⊗ B of
+earlier tasks and a prior of variance p², a step is  −η (1 + p² A ⊗ B)⁻¹ ∇ − η λ (W − W*)  around their parameters W*.
+Here p² is the setting ``strength``, with B divided by its mean diagonal, and λ is ``pull``; the step is corrected after
+the optimizer, every few steps, and hidden layers are damped. Parameters without factors have Fisher diagonals.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from regrow.protection.growth import Growth
+from regrow.protection.learner import Protection, ProtectionState, build_learner
+from regrow.settings.constraints import CheckedSettings, Count, Fraction, NonNegative, OneOf, Range
+from regrow.training.learner import Learner
+
+PROJECTION = 15.0  # the strength at which new units are projected away from earlier inputs
+CITATION = "Kao et al., Natural continual learning: success is a journey, not (just) a destination, NeurIPS 2021"
+
+
+@dataclass(frozen=True)
+class Settings(CheckedSettings):
+    """Settings of natural continual learning: how much steps are shrunk, and how strongly they are pulled back.
+
+    Args:
+        strength: p², the variance of the prior: the larger, the less steps move what earlier tasks used.
+        pull: λ, the strength of the pull to the parameters of earlier tasks.
+        damping: The importance of a hidden unit that earlier tasks did not use, as a fraction of the mean.
+        samples: The number of examples of each task on which its factors are measured.
+        every: The number of steps between two corrections.
+        grow: When hidden layers are widened: ``never``; ``start``: as a task begins, after the first; ``late``: for the
+            last 30 % of its epochs.
+        width: The number of new units of a layer, as a fraction of its initial size.
+        multiple: Numbers of new units are multiples of this.
+        cap: The largest allowed size of the network, as a multiple of its initial parameters, at least 1.
+        directions: Where new units point: ``data``: to differences of inputs of the present task, away from those of
+            earlier tasks; ``projected``: at random, away from those; ``random``.
+        seed: Seed of the new units' weights.
+    """
+
+    strength: NonNegative = 15.0
+    pull: NonNegative = 0.1
+    damping: NonNegative = 0.1
+    samples: Count = 2000
+    every: Count = 4
+    grow: Annotated[str, OneOf("never", "start", "late")] = "never"
+    width: Fraction = 0.125
+    multiple: Count = 1
+    cap: Annotated[float, Range(1)] = 1.5
+    directions: Annotated[str, OneOf("data", "projected", "random")] = "data"
+    seed: int = 0
+
+
+def build(settings: Settings) -> Learner[ProtectionState]:
+    """Return the learner that trains with natural continual learning."""
+
+    def shrink(lr: float) -> dict[str, float]:
+        return {"gate": settings.strength, "decay": lr * settings.every * settings.pull}
+
+    s = settings
+    growth = Growth(s.grow, s.width, s.multiple, s.cap, s.directions, PROJECTION, s.seed)
+    return build_learner(Protection(shrink, s.damping, s.samples, s.every, growth))

@@ -1,0 +1,229 @@
+"""Kronecker factors (K-FAC) of earlier tasks: the Fisher information of a layer as A ⊗ B, of other parameters by entry.
+
+The factors of a network are one mapping of tensors that follow its axes. Of a layer with weight W and a bias: ``W
+inputs`` and ``W bias``, the second moments A of its inputs, and their means, which are those with the constant input of
+the bias; ``W outputs``, the second moments B of the gradients of its outputs. Of any other parameter P: ``P diagonal``.
+They are sums over the tasks.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from regrow.core.axes.axis import AxisTensor
+from regrow.core.sources import logits_in
+from regrow.core.tasks import Examples, mask_classes, run_network
+from regrow.scoring.gradients import evaluation_mode
+from regrow.scoring.watch import RECURRENT, find_inputs
+from regrow.training.learner import Context, Stream
+
+Factors = Mapping[str, AxisTensor]
+BATCH = 50  # examples whose gradients are summed before they are squared
+
+
+def measure_factors(
+    model: nn.Module, batches: Iterable[Examples], generator: torch.Generator, classes: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Return the Kronecker factors of every layer that the batches reach, and the Fisher diagonals of what has none.
+
+    ``W inputs``: A = E[a aᵀ] over the inputs a of the layer with weight W (of a convolution: patches), with a 1
+    appended for the bias, ``[n + 1, n + 1]``. ``W outputs``: B = E[g gᵀ] over the gradients g of log p(y) in its
+    outputs, ``[m, m]``; inside recurrent layers its diagonal alone, from the gradients of W. Layers are linear ones,
+    ungrouped convolutions in one or two dimensions, and recurrent ones. ``P diagonal``: E[(∂ log p(y) / ∂P)²]. B and
+    diagonals are divided by their mean. Labels y are drawn with ``generator`` from the network's own predictions, among
+    ``classes`` (``[classes]`` bool, ``None``: all). Therefore the squared sum of gradients over a batch has the same
+    mean as the sum of squares. Gradients are cleared, and modes of modules restored. Source: Martens and Grosse, K-FAC
+    (arXiv 1503.05671); convolutions after Grosse and Martens (arXiv 1602.01407), with means in the place of sums.
+
+    >>> net = nn.Sequential(nn.Linear(2, 3))
+    >>> factors = measure_factors(net, [Examples(torch.eye(2), torch.zeros(2))], torch.Generator().manual_seed(0))
+    >>> factors["0.weight inputs"].tolist(), round(factors["0.weight outputs"].diag().mean().item(), 3)
+    ([[0.5, 0.0, 0.5], [0.0, 0.5, 0.5], [0.5, 0.5, 1.0]], 1.0)
+    """
+    parameters, squares, examples = dict(model.named_parameters()), dict[str, Tensor](), 0
+    sums = _FactorSums({id(parameter): name for name, parameter in parameters.items()})
+    try:
+        with evaluation_mode(model):
+            for batch in batches:
+                model.zero_grad(set_to_none=True)
+                sums.examples = len(batch)
+                with sums:
+                    logits = mask_classes(logits_in(run_network(model, batch.inputs)), classes)
+                logs = logits.flatten(0, -2).log_softmax(-1)
+                labels = torch.multinomial(logs.detach().exp().cpu(), 1, generator=generator).to(logs.device)
+                logs.gather(1, labels).sum().backward()
+                examples += len(batch)
+                for name, parameter in parameters.items():
+                    if parameter.grad is not None and name not in sums.outputs:
+                        squares[name] = squares.get(name, 0) + parameter.grad.square()
+    finally:
+        model.zero_grad(set_to_none=True)
+    measured, with_layer = {}, set[str]()
+    for name, total in sums.inputs.items():
+        outputs = sums.outputs[name] if name in sums.outputs else squares[name].flatten(1).sum(1).diag()
+        measured[f"{name} inputs"] = total / examples
+        measured[f"{name} outputs"] = outputs / outputs.diagonal().mean().clamp_min(1e-30)
+        with_layer.update(layer_parameters(model, name))
+    for name, square in squares.items():
+        if name not in with_layer:
+            measured[f"{name} diagonal"] = square / square.mean().clamp_min(1e-30)
+    return measured
+
+
+def layer_parameters(model: nn.Module, weight: str) -> list[str]:
+    """Return the names of a layer's weight and, if it has one, its bias: ``a.bias`` beside ``a.weight``."""
+    path, _, leaf = weight.rpartition(".")
+    bias = leaf.removesuffix("weight") + "bias"
+    own = model.get_submodule(path)._parameters
+    return [weight] if bias == leaf or own.get(bias) is None else [weight, f"{path}.{bias}".removeprefix(".")]
+
+
+class _FactorSums(TorchFunctionMode):
+    """Torch function mode that sums products of inputs, and of gradients of outputs, of layers with known weights.
+
+    ``watched``: id of a weight → its name; ``inputs``, ``outputs``: name → sum, over examples and mean positions.
+    """
+
+    def __init__(self, watched: Mapping[int, str]) -> None:
+        super().__init__()
+        self.watched = watched
+        self.inputs: dict[str, Tensor] = {}
+        self.outputs: dict[str, Tensor] = {}
+        self.examples = 0  # in the batch
+        self.rows: dict[str, Tensor] | None = None  # instead of sums: the inputs of the last call, with the constant 1
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        with torch.no_grad():
+            for name, rows in self._read(func, args, kwargs):
+                rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1).float()
+                if self.rows is not None:
+                    self.rows[name] = rows
+                    continue
+                _add(self.inputs, name, rows.T @ rows / (len(rows) / self.examples))
+                if func not in RECURRENT and result.requires_grad:
+                    _add(self.outputs, name, rows.new_zeros(()))
+                    channels = 1 if func in _CONVOLUTIONS else -1
+                    result.register_hook(partial(self._add_gradient, name, channels))
+        return result
+
+    def _add_gradient(self, name: str, channels: int, gradient: Tensor) -> None:
+        rows = gradient.movedim(channels, -1).flatten(0, -2).float()
+        _add(self.outputs, name, rows.T @ rows)
+
+    def _read(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the name of each known weight that a call reads, and what it reads per position, ``[positions, n]``."""
+        if func in RECURRENT:
+            for name, value, _ in find_inputs(self.watched, func, args, kwargs, RECURRENT):
+                yield name, value.flatten(0, -2)
+        elif func is F.linear or func in _CONVOLUTIONS:
+            value, weight, *options = args
+            if (layer := self.watched.get(id(weight))) is None:
+                return
+            if func is F.linear:
+                yield layer, value.flatten(0, -2)
+            elif (patches := _find_patches(value, weight, *options, **kwargs)) is not None:
+                yield layer, patches
+
+
+@torch.no_grad()
+def read_inputs(model: nn.Module, examples: Examples, names: Iterable[str]) -> dict[str, Tensor]:
+    """Return what layers, by name of their weights, read of examples, with the bias's 1, ``[positions, n + 1]``."""
+    sums = _FactorSums({id(model.get_parameter(name)): name for name in names})
+    sums.rows = {}
+    with evaluation_mode(model), sums:
+        run_network(model, examples.inputs)
+    return sums.rows
+
+
+@torch.no_grad()
+def measure_surrogate(factors: Factors, context: Context, count: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Return A of layers, by name of their weights, on ``count`` inputs that are drawn in the place of earlier ones.
+
+    They are normal, with the means and second moments of the inputs of the first layer, which must be linear and read
+    the network's inputs as they are; ``{}`` for other networks. Source: ours.
+    """
+    model, example = context.model, context.task.train.take(torch.arange(1)).inputs
+    first = next(iter(layers_of(factors)), "")
+    if not first or not isinstance(example, Tensor) or factors[f"{first} bias"].values.numel() != example[0].numel():
+        return {}
+    mean = factors[f"{first} bias"].values.double() / context.number
+    moments = factors[f"{first} inputs"].values.double() / context.number - torch.outer(mean, mean)
+    values, vectors = torch.linalg.eigh(moments)
+    noise = torch.randn(count, len(mean), generator=generator, dtype=torch.float64).to(mean)
+    inputs = mean + (noise * values.clamp_min(0).sqrt()) @ vectors.T
+    sums = _FactorSums({id(model.get_parameter(name)): name for name in layers_of(factors)})
+    sums.examples = count
+    with evaluation_mode(model), sums:
+        run_network(model, inputs.to(example).view(count, *example.shape[1:]))
+    return {name: total / count for name, total in sums.inputs.items()}
+
+
+def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
+    """Add a tensor to ``sums[name]``, or store it there if it is missing."""
+    sums[name] = sums[name] + value if name in sums else value
+
+
+_CONVOLUTIONS = (torch.conv1d, torch.conv2d)
+
+
+def _find_patches(
+    value: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor | None:
+    """Return what each output position of a convolution reads, ``[positions, n]``; ``None`` if it has groups.
+
+    The arguments are those of ``torch.conv1d`` or ``torch.conv2d``.
+    """
+    if groups > 1 or value.dim() != weight.dim():
+        return None
+    kernel = tuple(weight.shape[2:])
+    strides, dilations = ((n,) * len(kernel) if isinstance(n, int) else tuple(n) for n in (stride, dilation))
+    if isinstance(padding, str):
+        wider = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilations, kernel, strict=True)]
+        pads = [(n // 2, n - n // 2) for n in wider]
+    else:
+        pads = [(n, n) for n in ((padding,) * len(kernel) if isinstance(padding, int) else padding)]
+    value = F.pad(value, [n for pair in reversed(pads) for n in pair])
+    if len(kernel) == 1:
+        value, kernel, strides, dilations = value.unsqueeze(2), (1, *kernel), (1, *strides), (1, *dilations)
+    return F.unfold(value, kernel, dilations, 0, strides).transpose(1, 2).flatten(0, 1)
+
+
+def add_factors(factors: Factors, context: Context, samples: int) -> dict[str, AxisTensor]:
+    """Return the factors with those of the present task added, measured on at most ``samples`` of its examples."""
+    train, result = context.task.train, dict(factors)
+    examples = train.take(torch.randperm(len(train), generator=context.generator(Stream.FISHER_EXAMPLES))[:samples])
+    labels = context.generator(Stream.FISHER_LABELS)
+    for key, value in measure_factors(context.model, examples.batches(BATCH), labels, context.classes).items():
+        name, _, part = key.rpartition(" ")
+        outputs, *inputs = context.axes.shapes[name]
+        shape = context.parameters()[name].shape
+        if part == "inputs":
+            _add_task(result, key, value[:-1, :-1].reshape(shape[1:] * 2), (*inputs, *inputs))
+            _add_task(result, f"{name} bias", value[:-1, -1].reshape(shape[1:]), tuple(inputs))
+        else:
+            _add_task(result, key, value, (outputs, outputs) if part == "outputs" else (outputs, *inputs))
+    return result
+
+
+def _add_task(factors: dict[str, AxisTensor], key: str, values: Tensor, dims: tuple[Any, ...]) -> None:
+    """Add values to ``factors[key]``, or store them there if it is missing; ``dims``: :attr:`AxisTensor.dims`."""
+    before = factors.get(key)
+    factors[key] = AxisTensor(values if before is None else before.values + values, dims)
+
+
+def layers_of(factors: Factors) -> list[str]:
+    """Return the names of the weights whose layers have Kronecker factors."""
+    return [key.removesuffix(" outputs") for key in factors if key.endswith(" outputs")]

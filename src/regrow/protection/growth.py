@@ -1,0 +1,143 @@
+"""New units under protection: where they point, how important they are to earlier tasks, and their anchor."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import GroupNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from regrow.allocation.widening import growable_axes, plan_growth
+from regrow.core.axes import axes_in
+from regrow.core.axes.axis import AxisTensor, size_of
+from regrow.core.plan import Fill, Plan
+from regrow.core.sources import Batch
+from regrow.protection.factors import Factors, layers_of, measure_surrogate, read_inputs
+from regrow.protection.guards import Guards, side_by_side, write_rows
+from regrow.surgery import fit_new_units
+from regrow.surgery.layout import resize_axis_tensor
+from regrow.surgery.new_units import new_units, split_entries
+from regrow.training.learner import Boundary, Context, Stream
+
+ORIGIN = {"method": "growth"}
+SURROGATES = 2000  # inputs that are drawn in the place of those of earlier tasks
+
+
+@dataclass(frozen=True)
+class Growth:
+    """When layers are widened, by how much, and where new units point.
+
+    Args:
+        when: ``never``; ``start``: when a task begins, after the first; ``late``: for the last 30 % of its epochs.
+        width: The number of new units of an axis, as a fraction of its initial size.
+        multiple: Numbers of new units are multiples of this.
+        cap: The largest allowed size of the network, as a multiple of its initial parameters.
+        directions: As of :func:`direct_new_units`.
+        strength: The strength at which new units are projected.
+        seed: Seed of the new units' weights.
+    """
+
+    when: str
+    width: float
+    multiple: int
+    cap: float
+    directions: str
+    strength: float
+    seed: int
+
+    def plan(self, context: Context, base: Mapping[str, int]) -> Plan | None:
+        """Return the plan that widens all hidden axes if growth is due; ``base``: axis key → its initial size."""
+        late = context.epochs - max(1, round(0.3 * context.epochs))
+        due = {"start": 0, "late": late}.get(self.when, -1)
+        if context.plans_applied or not context.number or context.epoch != due:
+            return None
+        axes = context.axes
+        added = plan_growth(axes, growable_axes(axes), base, share=self.width, multiple=self.multiple, cap=self.cap)
+        return Plan.growing(axes, added, Fill("zero_out", seed=self.seed), origin=ORIGIN) if added else None
+
+
+def weigh_new_units(factors: Factors, context: Context, *, share: float = 0.0, surrogate: bool = False) -> None:
+    """Give new units an importance in the factors of earlier tasks, in place, so that guards protect their weights.
+
+    As outputs of their layer (the diagonal of B) they get the mean of the others. Hidden units that were inactive in
+    all earlier tasks get it too; network outputs do not: a class that no task has had is free. As inputs of the layers
+    behind (A), they get what the network gives on surrogate inputs (:func:`~.factors.measure_surrogate`), if there are
+    any; else, behind a norm that rescales groups of units (GroupNorm), ``share`` of the mean: they are active there.
+    """
+    modules = dict(context.model.named_modules())
+    norms = {path for path, module in modules.items() if isinstance(module, GroupNorm | _InstanceNorm)}
+    rescaled = {
+        axis.key for axis in context.axes.units() if any(slot.name.rpartition(".")[0] in norms for slot in axis.slots)
+    }
+    generator = context.generator(Stream.CALIBRATION)
+    expected = measure_surrogate(factors, context, SURROGATES, generator) if surrogate else {}
+    for name in layers_of(factors):
+        diagonal = factors[f"{name} outputs"].values.diagonal()
+        new = diagonal == 0
+        if name not in context.head:
+            diagonal[new] = diagonal[~new].mean() if not bool(new.all()) else 1.0
+        bias = factors[f"{name} bias"].values.flatten()
+        inputs = factors[f"{name} inputs"].values.view(len(bias), len(bias))
+        unread = inputs.diagonal() == 0
+        if name in expected and bool(unread.any()):
+            moments = context.number * expected[name]
+            inputs[unread], inputs[:, unread] = moments[:-1, :-1][unread], moments[:-1, :-1][:, unread]
+            factors[f"{name} bias"].values.view(-1)[unread] = moments[:-1, -1][unread]
+        elif rescaled & set(axes_in(context.axes.shapes[name][1])) and not bool(unread.all()):
+            inputs.diagonal()[unread] = share * inputs.diagonal()[~unread].mean()
+
+
+def direct_new_units(guards: Guards, context: Context, plan: Plan, directions: str, strength: float) -> None:
+    """Point the input weights of new units of ``plan`` to where they disturb earlier tasks little, in place.
+
+    ``random``: as they are; ``projected``: away from the inputs that earlier tasks gave their layer, (1 + s A)⁻¹ w with
+    s = ``strength``; ``data``: the same from differences x − x′ of inputs in the present task. A unit keeps the inputs
+    that it does not read, and its outgoing weights are 0.
+    """
+    if directions == "random":
+        return
+    incoming, outgoing = split_entries(context.model, context.axes, new_units(context.model, context.axes, plan))
+    incoming = [entries for entries in incoming if entries.name in guards and entries.dim == 0]
+    generator = context.generator(Stream.CALIBRATION)
+    inputs = {}
+    if directions == "data":
+        train = context.task.train
+        examples = train.take(torch.randperm(len(train), generator=generator)[:256])
+        inputs = read_inputs(context.model, examples, [entries.name for entries in incoming])
+    for entries in incoming:
+        guard, where = guards[entries.name], list(entries.where)
+        parameters = [context.model.get_parameter(name) for name in guard.names]
+        rows = side_by_side(parameters)
+        now = torch.cat([rows, guard.anchor[:, rows.shape[1] :]], 1)
+        if entries.name in inputs:
+            pairs = torch.randint(len(inputs[entries.name]), (2, len(where)), generator=generator).to(now.device)
+            first, second = (inputs[entries.name][part] for part in pairs)
+            now[where] = (first - second) * (now[where] != 0)
+        now[where] = guard.project(now[where], strength)
+        write_rows(parameters, now)
+    for entries in outgoing:
+        parameter = context.model.get_parameter(entries.name).detach()
+        entries.set(context.model, torch.zeros_like(entries.of(parameter)))
+
+
+def fit_to_task(context: Context, plan: Plan) -> None:
+    """Scale new units of ``plan`` to the spread of the old ones on examples of the present task, in place."""
+    examples = context.task.train.batches(256, seed=context.generator(Stream.CALIBRATION).initial_seed())
+    batches = [Batch((batch.inputs,)) for _, batch in zip(range(4), examples, strict=False)]
+    fit_new_units(context.model, context.axes, plan, batches)
+
+
+def extend_anchor(anchor: Mapping[str, AxisTensor], context: Context, boundary: Boundary) -> dict[str, AxisTensor]:
+    """Return the anchor after a plan, with the present values of parameters where the plan added entries."""
+    result = dict(anchor)
+    for name, tensor in anchor.items():
+        if boundary.plan is None or boundary.before is None:
+            break
+        axes = boundary.before.axes
+        shape = [size_of(dim, axes.sizes()) for dim in tensor.dims]
+        ones = torch.ones(shape, dtype=torch.bool, device=tensor.values.device)
+        old: Tensor = resize_axis_tensor(AxisTensor(ones, tensor.dims), axes, boundary.plan).values
+        now = context.model.get_parameter(name).detach()
+        result[name] = replace(tensor, values=torch.where(old, tensor.values, now))
+    return result

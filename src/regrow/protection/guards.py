@@ -1,0 +1,149 @@
+"""Guards: they shrink the changes of parameters in directions that matter to earlier tasks."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from regrow.core.axes.axis import AxisTensor
+from regrow.protection.factors import Factors, layer_parameters, layers_of
+from regrow.training.learner import Context
+
+
+@dataclass(frozen=True)
+class Guard:
+    """The curvature of earlier tasks' losses in a layer's parameters, and how far these are from their anchor.
+
+    The curvature of a layer is A ⊗ B, which is diagonal in the eigenvectors of A and B: λ_B λ_Aᵀ. Of a parameter
+    without Kronecker factors it is the Fisher diagonal. Source: Ritter et al., Online Structured Laplace Approximations
+    (NeurIPS 2018); the multiplied steps: Kao et al., Natural Continual Learning (NeurIPS 2021).
+    """
+
+    names: Sequence[str]  # of the weight and the bias, or of one parameter
+    curvature: Tensor  # [m, n + 1], or of the parameter's shape
+    inputs: Tensor | None  # the eigenvectors of A, [n + 1, n + 1]; None: of the diagonal
+    input_curvature: Tensor | None  # λ_A, [n + 1]
+    outputs: Tensor | None  # the eigenvectors of B, [m, m]
+    anchor: Tensor  # weight and bias at the end of the last task, side by side, [m, n + 1]
+    last: Tensor  # the same after the guard was last applied; changes in place
+    moved: Tensor  # last − anchor, in the eigenvectors; changes in place
+
+    def to_directions(self, change: Tensor) -> Tensor:
+        """Return a change of weight and bias, ``[m, n + 1]``, in the eigenvectors: Q_Bᵀ Δ Q_A."""
+        if self.inputs is None or self.outputs is None:
+            return change
+        return self.outputs.T @ change @ self.inputs
+
+    def to_entries(self, directions: Tensor) -> Tensor:
+        """Return the change of weight and bias whose :meth:`to_directions` are given: Q_B X Q_Aᵀ."""
+        if self.inputs is None or self.outputs is None:
+            return directions
+        return self.outputs @ directions @ self.inputs.T
+
+    def free(self, strength: float) -> float:
+        """Return the mean of 1 / (1 + s λ) over all directions: 1 if the layer may change freely, 0 if not at all."""
+        return float((1 / (1 + strength * self.curvature)).mean())
+
+    def project(self, rows: Tensor, strength: float) -> Tensor:
+        """Return rows, ``[units, n + 1]``, projected away from inputs that earlier tasks used: (1 + s A)⁻¹ · row.
+
+        A row has a unit's weights and its bias. The inverse is over the inputs that it reads (its non-zero entries) and
+        the bias; other entries stay 0.
+        """
+        if self.inputs is None or self.input_curvature is None:
+            return rows
+        scaled = strength * (self.inputs * self.input_curvature) @ self.inputs.T  # s A
+        result = torch.zeros_like(rows)
+        for row, projected in zip(rows, result, strict=True):
+            reads = row != 0
+            reads[-1] = True  # the bias
+            within = scaled[reads][:, reads].double()
+            within.diagonal().add_(1)
+            projected[reads] = torch.linalg.solve(within, row[reads].double()).to(row)
+        return result
+
+
+Guards = Mapping[str, Guard]  # by name of a weight, or of a parameter without Kronecker factors
+
+
+def build_guards(
+    factors: Factors, context: Context, anchor: Mapping[str, AxisTensor], damping: float, skip: Collection[str] = ()
+) -> dict[str, Guard]:
+    """Return the guards of all parameters with factors but ``skip``, around ``anchor``, name → earlier parameters.
+
+    ``damping`` is added to the diagonal of hidden layers' B, whose mean is 1, so that unused units are not wholly free.
+    """
+    guards = {}
+    for name in (name for name in layers_of(factors) if name not in skip):
+        bias = factors[f"{name} bias"].values.flatten()
+        n = len(bias)
+        inputs = bias.new_empty(n + 1, n + 1)
+        inputs[:-1, :-1] = factors[f"{name} inputs"].values.reshape(n, n)
+        inputs[-1, :-1] = inputs[:-1, -1] = bias
+        inputs[-1, -1] = context.number
+        names = layer_parameters(context.model, name)
+        if len(names) == 1:  # no step changes the bias: it must not count for the weights
+            inputs[-1], inputs[:, -1] = 0.0, 0.0
+        outputs = factors[f"{name} outputs"].values / context.number
+        outputs = outputs + (0.0 if name in context.head else damping) * torch.eye(len(outputs)).to(outputs)
+        (l_a, q_a), (l_b, q_b) = (torch.linalg.eigh(factor.double()) for factor in (inputs, outputs))
+        l_a, l_b = l_a.clamp_min(0), l_b.clamp_min(0)
+        curvature = (l_b[:, None] * l_a).to(inputs)
+        bases = q_a.to(inputs), l_a.to(inputs), q_b.to(inputs)
+        guards[name] = _place(names, curvature, bases, context, anchor)
+    for key in (key for key in factors if key.endswith(" diagonal")):
+        name = key.removesuffix(" diagonal")
+        if name not in skip:
+            curvature = side_by_side([factors[key].values])
+            guards[name] = _place([name], curvature, (None, None, None), context, anchor)
+    return guards
+
+
+def _place(
+    names: Sequence[str],
+    curvature: Tensor,
+    bases: tuple[Tensor | None, Tensor | None, Tensor | None],
+    context: Context,
+    anchor: Mapping[str, AxisTensor],
+) -> Guard:
+    """Return a guard of parameters as they are now; ``bases``: eigenvectors and values of A, eigenvectors of B."""
+    own = [context.model.get_parameter(name) for name in names]
+    at_anchor, now = side_by_side([anchor[name].values for name in names]), side_by_side(own)
+    if len(names) == 1 and bases[0] is not None:
+        at_anchor = torch.cat([at_anchor, at_anchor.new_zeros(len(at_anchor), 1)], 1)
+        now = torch.cat([now, now.new_zeros(len(now), 1)], 1)
+    guard = Guard(names, curvature, *bases, at_anchor, now, torch.empty(0))
+    return Guard(names, curvature, *bases, at_anchor, now, guard.to_directions(now - at_anchor))
+
+
+def side_by_side(tensors: Sequence[Tensor]) -> Tensor:
+    """Return a weight and a bias, or a single parameter, as a copied matrix with a row per output, ``[m, n + 1]``."""
+    return torch.cat([tensor.detach().reshape(*(tensor.shape[:1] or (1,)), -1) for tensor in tensors], 1).clone()
+
+
+def write_rows(tensors: Sequence[Tensor], rows: Tensor) -> None:
+    """Set tensors, in place, to rows as :func:`side_by_side` returns them; further columns are left out."""
+    start = 0
+    for tensor in tensors:
+        width = tensor.numel() // (len(tensor) if tensor.dim() else 1)
+        tensor.detach().copy_(rows[:, start : start + width].reshape(tensor.shape))
+        start += width
+
+
+@torch.no_grad()
+def apply_guards(guards: Guards, model: nn.Module, *, gate: float = 0, pull: float = 0, decay: float = 0) -> None:
+    """Shrink what parameters changed since the guards were last applied, and pull them to their anchors; in place.
+
+    In the directions with curvature λ, the last change is divided by 1 + gate · λ, and the whole distance from the
+    anchor by (1 + pull · λ) (1 + decay). With pull = η s this is a proximal step of the penalty s/2 Δᵀ F Δ at rate η.
+    """
+    for guard in guards.values():
+        parameters = [model.get_parameter(name) for name in guard.names]
+        rows = side_by_side(parameters)
+        now = torch.cat([rows, guard.anchor[:, rows.shape[1] :]], 1)
+        step = guard.to_directions(now - guard.last)
+        guard.moved.add_(step / (1 + gate * guard.curvature) if gate else step)
+        guard.moved.div_((1 + pull * guard.curvature) * (1 + decay))
+        guard.last.copy_(guard.anchor + guard.to_entries(guard.moved))
+        write_rows(parameters, guard.last)
