@@ -184,6 +184,27 @@ CONVS = (
     FROZEN,
     JOINT,
 )
+RATES = (0.01, 0.02, 0.05, 0.1)
+
+
+def grid(method: str, name: str, *choices: dict[str, Any]) -> tuple[Arm, ...]:
+    """Arms of one method with every rate and every choice of settings; names have both."""
+    return tuple(Arm(f"{name.format(**one)}, {lr:g}", method, one, lr=lr) for lr in RATES for one in choices)
+
+
+ENERGIES = ((0.97, 0.9), (0.99, 0.95), (0.999, 0.99))
+GATES = ((15.0, 0.0), (15.0, 0.5), (2.0, 0.5), (2.0, 2.0))
+GRID = (
+    *grid("naive", "naive", {}),
+    *grid("naive", "joint", {"keep": "data"}),
+    *grid("laplace", "Laplace {strength:g}", *({"strength": s} for s in (0.5, 2.0, 8.0))),
+    *grid("ncl", "NCL {strength:g}, {pull:g}", *({"strength": s, "pull": 0.1} for s in (1.0, 5.0, 25.0))),
+    *grid("gpm", "GPM {energy:g}", *({"energy": e, "first_energy": f} for e, f in ENERGIES)),
+    *grid("ewc", "EWC {strength:g}", *({"strength": s} for s in (1.0, 10.0, 100.0))),
+    *grid("si", "SI {strength:g}", *({"strength": s} for s in (0.1, 0.3, 1.0))),
+    *grid("replay", "DER++ {logit_weight:g}", *({"memory": 500, "logit_weight": w} for w in (0.2, 0.5, 1.0))),
+    *grid("sparsegrow", "SparseGrow {strength:g}, {pull:g}", *({"strength": s, "pull": q} for s, q in GATES)),
+)
 OTHERS = (
     grow("SparseGrow, strength 80, no damping", multiple=1, strength=80.0, damping=0.0),
     grow("SparseGrow, strength as for the MLP", multiple=1),
@@ -209,6 +230,7 @@ EVERY = (OWN, *BASELINES, *CONTROLS, *BOUNDS)
 
 TABLES: dict[str, tuple[tuple[str, ...], tuple[Arm, ...]]] = {
     "tune": (("permuted:mnist:10", "rotated:mnist:10"), TUNED),
+    "grid": (("permuted:fashion-train:10", "rotated:fashion-train:10"), GRID),
     "main": (("permuted:fashion:10", "rotated:fashion:10"), EVERY),
     "long": (("permuted:fashion:20", "rotated:fashion:20"), (OWN, *SIX)),
     "ablation": (("permuted:fashion:10", "rotated:fashion:10"), (OWN, *ABLATIONS)),
@@ -225,6 +247,7 @@ TABLES: dict[str, tuple[tuple[str, ...], tuple[Arm, ...]]] = {
 def stream(spec: str, folders: Namespace, seed: int) -> list[Task]:
     """The tasks of ``kind:data:n``; images, and what is done to them, are drawn anew for each seed."""
     kind, data, n = spec.split(":")
+    data, training_alone = data.removesuffix("-train"), data.endswith("-train")
     if (folder := getattr(folders, data)) is None:
         raise SystemExit(f"--{data} FOLDER is needed: where the files of {data} are")
     if kind == "held":
