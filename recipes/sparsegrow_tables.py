@@ -260,6 +260,10 @@ def stream(spec: str, folders: Namespace, seed: int) -> list[Task]:
             base = load_image_folder(folder, data, *many)
         return split_by_classes(base, int(n), relabel=True)
     base = sample_task(load_idx(folder, data), folders.train, folders.test, seed)
+    if training_alone:  # validation images, which no reported table tests on
+        every = sample_task(load_idx(folder, data), folders.train + folders.test, 1, seed).train
+        first, rest = torch.arange(len(every)).split([folders.train, folders.test])
+        base = replace(base, train=every.take(first), test=every.take(rest))
     if kind == "digits":
         return resize_tasks([base, load_digits(), over_photographs(load_idx(folder, data), folders, seed)])
     if kind == "permuted":
