@@ -37,8 +37,8 @@ from regrow.core.tasks import Task
 from regrow.data.streams import load_idx, permuted_tasks, rotated_tasks, sample_task
 from regrow.methods.continual.sparsegrow import Settings, build
 from regrow.methods.continual.sparsegrow.state import SparseGrowState
-from regrow.protection.growth import weigh_new_units
 from regrow.nets.vision import small
+from regrow.protection.growth import weigh_new_units
 from regrow.surgery.new_units import Entries, fit_new_units, new_units, split_entries
 from regrow.tracing import trace
 from regrow.tracing.capture import in_eval_mode

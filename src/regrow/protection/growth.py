@@ -14,7 +14,7 @@ from regrow.core.axes.axis import AxisTensor, size_of
 from regrow.core.plan import Fill, Plan
 from regrow.core.sources import Batch
 from regrow.protection.factors import Factors, layers_of, measure_surrogate, read_inputs
-from regrow.protection.guards import Guards, side_by_side, write_rows
+from regrow.protection.guards import Guards, write_rows
 from regrow.surgery import fit_new_units
 from regrow.surgery.layout import resize_axis_tensor
 from regrow.surgery.new_units import new_units, split_entries
@@ -107,14 +107,13 @@ def direct_new_units(guards: Guards, context: Context, plan: Plan, directions: s
         inputs = read_inputs(context.model, examples, [entries.name for entries in incoming])
     for entries in incoming:
         guard, where = guards[entries.name], list(entries.where)
-        parameters = [context.model.get_parameter(name) for name in guard.names]
-        rows = side_by_side(parameters)
-        now = torch.cat([rows, guard.anchor[:, rows.shape[1] :]], 1)
+        parameters, now = guard.read(context.model)
+        reads = now[where] != 0
         if entries.name in inputs:
             pairs = torch.randint(len(inputs[entries.name]), (2, len(where)), generator=generator).to(now.device)
             first, second = (inputs[entries.name][part] for part in pairs)
-            now[where] = (first - second) * (now[where] != 0)
-        now[where] = guard.project(now[where], strength)
+            now[where] = (first - second) * reads
+        now[where] = guard.project(now[where], reads, strength)
         write_rows(parameters, now)
     for entries in outgoing:
         parameter = context.model.get_parameter(entries.name).detach()

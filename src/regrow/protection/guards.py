@@ -29,6 +29,12 @@ class Guard:
     last: Tensor  # the same after the guard was last applied; changes in place
     moved: Tensor  # last − anchor, in the eigenvectors; changes in place
 
+    def read(self, model: nn.Module) -> tuple[list[nn.Parameter], Tensor]:
+        """Return the parameters, and their values side by side, ``[m, n + 1]``; without a bias its column is 0."""
+        parameters = [model.get_parameter(name) for name in self.names]
+        rows = side_by_side(parameters)
+        return parameters, torch.cat([rows, self.anchor[:, rows.shape[1] :]], 1)
+
     def to_directions(self, change: Tensor) -> Tensor:
         """Return a change of weight and bias, ``[m, n + 1]``, in the eigenvectors: Q_Bᵀ Δ Q_A."""
         if self.inputs is None or self.outputs is None:
@@ -45,22 +51,21 @@ class Guard:
         """Return the mean of 1 / (1 + s λ) over all directions: 1 if the layer may change freely, 0 if not at all."""
         return float((1 / (1 + strength * self.curvature)).mean())
 
-    def project(self, rows: Tensor, strength: float) -> Tensor:
+    def project(self, rows: Tensor, reads: Tensor, strength: float) -> Tensor:
         """Return rows, ``[units, n + 1]``, projected away from inputs that earlier tasks used: (1 + s A)⁻¹ · row.
 
-        A row has a unit's weights and its bias. The inverse is over the inputs that it reads (its non-zero entries) and
-        the bias; other entries stay 0.
+        A row has a unit's weights and its bias. The inverse is over the inputs that it reads, ``[units, n + 1]`` bool,
+        and the bias; other entries are 0.
         """
         if self.inputs is None or self.input_curvature is None:
             return rows
         scaled = strength * (self.inputs * self.input_curvature) @ self.inputs.T  # s A
         result = torch.zeros_like(rows)
-        for row, projected in zip(rows, result, strict=True):
-            reads = row != 0
-            reads[-1] = True  # the bias
-            within = scaled[reads][:, reads].double()
+        for row, read, projected in zip(rows, reads.clone(), result, strict=True):
+            read[-1] = True  # the bias
+            within = scaled[read][:, read].double()
             within.diagonal().add_(1)
-            projected[reads] = torch.linalg.solve(within, row[reads].double()).to(row)
+            projected[read] = torch.linalg.solve(within, row[read].double()).to(row)
         return result
 
 
@@ -108,13 +113,12 @@ def _place(
     anchor: Mapping[str, AxisTensor],
 ) -> Guard:
     """Return a guard of parameters as they are now; ``bases``: eigenvectors and values of A, eigenvectors of B."""
-    own = [context.model.get_parameter(name) for name in names]
-    at_anchor, now = side_by_side([anchor[name].values for name in names]), side_by_side(own)
-    if len(names) == 1 and bases[0] is not None:
-        at_anchor = torch.cat([at_anchor, at_anchor.new_zeros(len(at_anchor), 1)], 1)
-        now = torch.cat([now, now.new_zeros(len(now), 1)], 1)
-    guard = Guard(names, curvature, *bases, at_anchor, now, torch.empty(0))
-    return Guard(names, curvature, *bases, at_anchor, now, guard.to_directions(now - at_anchor))
+    rows = side_by_side([anchor[name].values for name in names])
+    if rows.shape[1] < curvature.shape[1]:  # no bias
+        rows = torch.cat([rows, rows.new_zeros(len(rows), 1)], 1)
+    guard = Guard(names, curvature, *bases, rows, rows.clone(), torch.zeros_like(rows))
+    settle_guards({"": guard}, context.model)
+    return guard
 
 
 def side_by_side(tensors: Sequence[Tensor]) -> Tensor:
@@ -139,11 +143,16 @@ def apply_guards(guards: Guards, model: nn.Module, *, gate: float = 0, pull: flo
     anchor by (1 + pull · λ) (1 + decay). With pull = η s this is a proximal step of the penalty s/2 Δᵀ F Δ at rate η.
     """
     for guard in guards.values():
-        parameters = [model.get_parameter(name) for name in guard.names]
-        rows = side_by_side(parameters)
-        now = torch.cat([rows, guard.anchor[:, rows.shape[1] :]], 1)
+        parameters, now = guard.read(model)
         step = guard.to_directions(now - guard.last)
         guard.moved.add_(step / (1 + gate * guard.curvature) if gate else step)
         guard.moved.div_((1 + pull * guard.curvature) * (1 + decay))
         guard.last.copy_(guard.anchor + guard.to_entries(guard.moved))
         write_rows(parameters, guard.last)
+
+
+def settle_guards(guards: Guards, model: nn.Module) -> None:
+    """Set where guards were last applied to the present parameters, in place: a resumed training starts from there."""
+    for guard in guards.values():
+        guard.last.copy_(guard.read(model)[1])
+        guard.moved.copy_(guard.to_directions(guard.last - guard.anchor))

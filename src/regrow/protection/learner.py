@@ -7,7 +7,7 @@ from regrow.core.axes.axis import AxisTensor
 from regrow.core.plan import Plan
 from regrow.protection.factors import Factors, add_factors
 from regrow.protection.growth import ORIGIN, Growth, direct_new_units, extend_anchor, fit_to_task, weigh_new_units
-from regrow.protection.guards import Guards, apply_guards, build_guards
+from regrow.protection.guards import Guards, apply_guards, build_guards, settle_guards
 from regrow.training.hooks import copy_parameters
 from regrow.training.learner import Boundary, Context, Event, Learner, Step, set_train_mode
 from regrow.training.state import derived
@@ -51,7 +51,8 @@ def build_learner(protection: Protection) -> Learner[ProtectionState]:
         apply_guards(state.guards, context.model, **protection.shrink(state.lr))
 
     def guard(state: ProtectionState, context: Context) -> ProtectionState:
-        return replace(state, guards=build_guards(state.factors, context, state.anchor, protection.damping))
+        guards = build_guards(state.factors, context, state.anchor, protection.damping) if context.number else {}
+        return replace(state, guards=guards)
 
     def widen(state: ProtectionState, context: Context, boundary: Boundary, plan: Plan) -> ProtectionState:
         if plan.origin == ORIGIN:
@@ -81,6 +82,7 @@ def build_learner(protection: Protection) -> Learner[ProtectionState]:
                 return guard(state, context)
             case Event.EPOCH_END:
                 apply(state, context)
+                settle_guards(state.guards, context.model)
             case Event.TASK_END:
                 factors = add_factors(state.factors, context, protection.samples)
                 return replace(state, factors=factors, anchor=copy_parameters(context), guards={})

@@ -40,7 +40,7 @@ from regrow.core.tasks import mask_classes
 from regrow.methods.continual.sparsegrow.state import SparseGrowState
 from regrow.protection.factors import add_factors
 from regrow.protection.growth import direct_new_units, extend_anchor, fit_to_task, weigh_new_units
-from regrow.protection.guards import apply_guards, build_guards
+from regrow.protection.guards import apply_guards, build_guards, settle_guards
 from regrow.settings.constraints import CheckedSettings, Count, Fraction, NonNegative, OneOf, Range
 from regrow.surgery.new_units import sparsify_new_units
 from regrow.training.hooks import add_to_replay_memory, copy_parameters, draw_from_replay_memory
@@ -157,6 +157,7 @@ def _react(s: Settings, state: SparseGrowState, context: Context, boundary: Boun
             return _prepare_guards(s, state, context)
         case Event.EPOCH_END:
             _apply_guards(s, state, context)
+            settle_guards(state.guards, context.model)
         case Event.TASK_END:
             return _end_task(s, state, context)
     return state

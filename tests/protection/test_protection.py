@@ -1,0 +1,190 @@
+"""Factors, guards and growth under protection: their laws, on real digits and small networks."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from regrow.core.tasks import Examples, Task
+from regrow.data.streams import load_digits, permuted_tasks
+from regrow.methods import LEARNERS
+from regrow.nets.vision import small
+from regrow.protection.factors import measure_factors, measure_surrogate, read_inputs
+from regrow.protection.guards import apply_guards, build_guards
+from regrow.tracing import trace
+from regrow.training.continual import TaskSchedule, learn
+from regrow.training.fit import Fitted
+from regrow.training.learner import Context
+
+SCHEDULE = TaskSchedule(epochs=2, batch_size=64, lr=0.05)
+TASKS = permuted_tasks(load_digits(), 2)
+
+
+def learned(method: str, spec: str = "mlp:24-16", tasks: list[Task] = TASKS, **settings: Any) -> Fitted[Any]:
+    model, _ = small(spec, tasks[0].train.inputs.shape[1:], 10)
+    learner = LEARNERS[method].create(method, settings)
+    return learn(model, trace(model, tasks[0].train.inputs[:2]), tasks, learner, SCHEDULE)
+
+
+def factors_of(net: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
+    examples = Examples(inputs, torch.zeros(len(inputs), dtype=torch.long))
+    return measure_factors(net, [examples], torch.Generator().manual_seed(0))
+
+
+class Recurrent(nn.Module):
+    """An LSTM with a linear layer on its last output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.LSTM(5, 6, batch_first=True, bidirectional=True), nn.Linear(12, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(self.body(inputs)[0][:, -1])
+
+
+def test_a_convolution_in_one_dimension_has_the_factors_of_one_in_two() -> None:
+    torch.manual_seed(0)
+    flat = nn.Sequential(nn.Conv1d(2, 3, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(12, 4))
+    deep = nn.Sequential(nn.Conv2d(2, 3, (1, 3), (1, 2), (0, 1)), nn.ReLU(), nn.Flatten(), nn.Linear(12, 4))
+    deep.load_state_dict({name: value.view(deep.get_parameter(name).shape) for name, value in flat.named_parameters()})
+    inputs = torch.randn(9, 2, 8)
+    one, two = factors_of(flat, inputs), factors_of(deep, inputs.unsqueeze(2))
+    assert one.keys() == two.keys() and "0.weight outputs" in one
+    for key, value in one.items():
+        torch.testing.assert_close(value, two[key])
+
+
+@pytest.mark.parametrize(
+    ("net", "shape", "with_layer"),
+    [
+        (Recurrent(), (7, 5), {"body.weight_ih_l0", "body.weight_hh_l0_reverse", "head.weight"}),
+        (
+            nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), nn.Flatten(), nn.LayerNorm(16), nn.Linear(16, 3)),
+            (4, 4, 4),
+            {"3.weight"},
+        ),
+        (
+            nn.Sequential(nn.Conv1d(4, 2, 3, padding="same"), nn.Flatten(), nn.Linear(10, 3)),
+            (4, 5),
+            {"0.weight", "2.weight"},
+        ),
+    ],
+)
+def test_every_parameter_has_factors_or_a_diagonal(
+    net: nn.Module, shape: tuple[int, ...], with_layer: set[str]
+) -> None:
+    factors = factors_of(net, torch.randn(6, *shape))
+    layers = {key.removesuffix(" outputs") for key in factors if key.endswith(" outputs")}
+    assert with_layer <= layers
+    for name, parameter in net.named_parameters():
+        bias_of_layer = name.endswith("bias") and name.removesuffix("bias") + "weight" in layers
+        assert name in layers or f"{name} diagonal" in factors or bias_of_layer, name
+        if f"{name} diagonal" in factors:
+            assert factors[f"{name} diagonal"].shape == parameter.shape
+
+
+def test_the_factors_of_one_layer_are_its_fisher_information() -> None:
+    """With one example, A ⊗ B is the Fisher matrix of the weights for the drawn label, up to a factor."""
+    net = nn.Sequential(nn.Linear(3, 4))
+    inputs = torch.randn(1, 3)
+    factors = factors_of(net, inputs)
+    chances = net(inputs).softmax(-1)[0]
+    label = torch.multinomial(chances.detach(), 1, generator=torch.Generator().manual_seed(0))
+    gradient = torch.autograd.grad(net(inputs).log_softmax(-1)[0, label].sum(), net[0].weight)[0].flatten()
+    fisher = torch.outer(gradient, gradient)
+    found = torch.kron(factors["0.weight outputs"], factors["0.weight inputs"][:-1, :-1])
+    torch.testing.assert_close(found / found.trace(), fisher / fisher.trace(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["laplace", "ncl"])
+@pytest.mark.parametrize("spec", ["mlp:24-16", "resnet-gn:8-2"])
+def test_without_strength_it_is_plain_training_and_with_much_nothing_moves(method: str, spec: str) -> None:
+    plain, free = (
+        learned("naive", spec),
+        learned(method, spec, strength=0.0, **({"pull": 0.0} if method == "ncl" else {})),
+    )
+    for one, other in zip(plain.model.parameters(), free.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+    held, first = learned(method, spec, strength=1e9), learned("naive", spec, TASKS[:1])
+    lost = held.state.rows[0][0] - held.state.rows[1][0]
+    assert abs(lost) < 0.02 and abs(held.state.rows[0][0] - first.state.rows[0][0]) < 0.02
+
+
+def test_a_proximal_step_solves_its_penalty() -> None:
+    """pull = η s: the result minimises ½‖W − now‖² + η s/2 Δᵀ (A ⊗ B) Δ around the anchor."""
+    fitted = learned("laplace", tasks=TASKS[:1])
+    state, context = fitted.state.learner, Context(fitted.model, fitted.axes, TASKS[1], number=1)
+    name = "3.weight"
+    guard = build_guards(state.factors, context, state.anchor, 0.1)[name]
+    layer = fitted.model.get_submodule("3")
+    with torch.no_grad():
+        layer.weight.add_(0.1 * torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(1)))
+    now = torch.cat([layer.weight, layer.bias[:, None]], 1).detach()
+    apply_guards({name: guard}, fitted.model, pull=0.3)
+    after = torch.cat([layer.weight, layer.bias[:, None]], 1).detach()
+    bias = state.factors[f"{name} bias"].values
+    a = torch.cat(
+        [torch.cat([state.factors[f"{name} inputs"].values, bias[None]]), torch.cat([bias, bias.new_ones(1)])[:, None]],
+        1,
+    )
+    b = state.factors[f"{name} outputs"].values + 0.1 * torch.eye(len(now))
+    gradient = (after - now) + 0.3 * b @ (after - guard.anchor) @ a
+    torch.testing.assert_close(gradient, torch.zeros_like(gradient), atol=1e-5, rtol=0)
+
+
+def test_gpm_changes_no_answer_to_the_inputs_of_its_basis() -> None:
+    """A layer's outputs stay on inputs in the span of its basis, with the bias, whatever is learned next."""
+    first, both = learned("gpm", tasks=TASKS[:1]), learned("gpm")
+    columns = first.state.learner.columns("1.weight")
+    before, after = (
+        torch.cat([fitted.model.get_parameter("1.weight"), fitted.model.get_parameter("1.bias")[:, None]], 1).detach()
+        for fitted in (first, both)
+    )
+    assert float((after - before).norm()) > 1e-2
+    torch.testing.assert_close(after @ columns, before @ columns, atol=1e-5, rtol=0)
+    found = both.state.learner.columns("1.weight")
+    torch.testing.assert_close(found.T @ found, torch.eye(found.shape[1]), atol=1e-4, rtol=0)
+    assert found.shape[1] > columns.shape[1]
+
+
+@pytest.mark.parametrize("directions", ["data", "projected", "random"])
+def test_growth_under_laplace_changes_no_answer(directions: str) -> None:
+    fitted = learned("laplace", grow="start", directions=directions, width=0.5, cap=3.0)
+    (event,) = fitted.state.events
+    assert event["shock"] == 0 and event["logits_moved"] < 1e-5
+    assert fitted.model.get_parameter("1.weight").shape[0] == 36
+    learner = fitted.state.learner
+    assert learner.anchor["1.weight"].values.shape[0] == 36
+    if directions == "data":  # what new units give on old inputs counts in the layers behind them
+        assert bool(learner.factors["3.weight inputs"].values.diagonal()[24:].all())
+
+
+def test_surrogate_inputs_have_the_moments_of_earlier_tasks() -> None:
+    fitted = learned("laplace", tasks=TASKS[:1])
+    context = Context(fitted.model, fitted.axes, TASKS[1], number=1)
+    found = measure_surrogate(fitted.state.learner.factors, context, 20_000, torch.Generator().manual_seed(0))
+    kept = fitted.state.learner.factors
+    error = (found["1.weight"][:-1, :-1] - kept["1.weight inputs"].values).norm() / kept[
+        "1.weight inputs"
+    ].values.norm()
+    behind = found["3.weight"][:-1, :-1].diagonal().sum() / kept["3.weight inputs"].values.diagonal().sum()
+    assert float(error) < 0.05 and 0.8 < float(behind) < 1.25
+    rows = read_inputs(fitted.model, TASKS[0].train.take(torch.arange(5)), ["1.weight"])["1.weight"]
+    torch.testing.assert_close(rows[:, :-1], TASKS[0].train.inputs[:5].flatten(1))
+
+
+def test_strengths_are_relative_to_the_rate() -> None:
+    """The pull of a step is that of its learning rate, so that a decayed rate does not pull harder."""
+    model, _ = small("mlp:8", TASKS[0].train.inputs.shape[1:], 10)
+    seen: list[float] = []
+    learner = LEARNERS["naive"].create("naive", {})
+
+    def note(state: Any, context: Context, step: Any) -> Any:
+        seen.append(step.lr)
+        return state
+
+    schedule = replace(SCHEDULE, epochs=1, decay="cosine")
+    learn(model, trace(model, TASKS[0].train.inputs[:2]), TASKS[:1], replace(learner, after_step=note), schedule)
+    assert seen[0] == pytest.approx(0.05) and seen[-1] < 0.01 and seen == sorted(seen, reverse=True)
