@@ -67,6 +67,9 @@ class Arm:
         settings: Its settings.
         like: Another arm, whose final number of parameters the network has from the start.
         lr: Learning rate.
+        epochs: Passes over each task; ``batch``: examples a step.
+        width: Units of both hidden layers at first; 0: as usual.
+        size: With ``like``: ``parameters``, its final number; ``average``: the mean over all tasks.
     """
 
     name: str
@@ -74,11 +77,19 @@ class Arm:
     settings: dict[str, Any] = field(default_factory=dict)
     like: str = ""
     lr: float = 0.01
+    epochs: int = 5
+    batch: int = 64
+    width: int = 0
+    size: str = "parameters"
 
     @property
     def told(self) -> dict[str, Any]:
         """What a row says of how it was made: one that was made otherwise is none of this arm's."""
-        return {"arm": self.name, "method": self.method, "settings": self.settings, "lr": self.lr}
+        told = {"arm": self.name, "method": self.method, "settings": self.settings, "lr": self.lr}
+        usual = Arm("", "")
+        return told | {
+            key: value for key in ("epochs", "batch") if (value := getattr(self, key)) != getattr(usual, key)
+        }
 
 
 def arms(method: str, name: str, **lists: Any) -> tuple[Arm, ...]:
@@ -294,11 +305,11 @@ def over_photographs(digits: Task, folders: Namespace, seed: int) -> Task:
     return Task("over photographs", found[0], found[1], base.classes)
 
 
-def network(tasks: list[Task], seed: int, parameters: int = 0, *, conv: bool = False) -> nn.Module:
+def network(tasks: list[Task], seed: int, parameters: int = 0, start: int = WIDTH, *, conv: bool = False) -> nn.Module:
     """The network of a stream, as wide as usual, or just as wide that it has at least so many parameters."""
     shape, classes = tuple(tasks[0].train.inputs.shape[1:]), 1 + max(c for task in tasks for c in task.classes)
     for width in count(0):
-        name = f"resnet-gn:{CHANNELS + 2 * width}-3" if conv else f"mlp:{WIDTH + width}-{WIDTH + width}"
+        name = f"resnet-gn:{CHANNELS + 2 * width}-3" if conv else f"mlp:{start + width}-{start + width}"
         model, _ = small(name, shape, classes, seed)
         if sum(p.numel() for p in model.parameters()) >= parameters:
             return model
@@ -308,11 +319,13 @@ def network(tasks: list[Task], seed: int, parameters: int = 0, *, conv: bool = F
 def measured(arm: Arm, tasks: list[Task], spec: str, seed: int, parameters: int) -> dict[str, Any]:
     """One run: what is read from its matrix, and what it cost."""
     scenario = {"split": "class", "told": "task"}.get(spec.partition(":")[0], "domain")
-    model = network(tasks, seed, parameters if arm.like else 0, conv=spec.startswith(("domains", "held")))
+    first = arm.width or WIDTH
+    model = network(tasks, seed, parameters if arm.like else 0, first, conv=spec.startswith(("domains", "held")))
     axes = trace(model, tasks[0].train.inputs[:2])
     learner = LEARNERS[arm.method].create(arm.method, arm.settings)
     try:
-        schedule = TaskSchedule(scenario=scenario, seed=seed, lr=arm.lr)
+        lengths = {"epochs": arm.epochs, "batch_size": arm.batch}
+        schedule = TaskSchedule(scenario=scenario, seed=seed, lr=arm.lr, **lengths)
         state = learn(model, axes, tasks, learner, schedule).state
     except ValueError as error:
         return {"failed": str(error)[:200]}
@@ -327,6 +340,9 @@ def measured(arm: Arm, tasks: list[Task], spec: str, seed: int, parameters: int)
         "last": state.rows[-1],
         "shock": max((abs(event["shock"]) for event in state.events), default=0.0),
         "parameters": state.sizes[-1]["parameters"],
+        "average": fmean(size["parameters"] for size in state.sizes),
+        "remembered": state.sizes[-1]["remembered"],
+        "training_macs": sum(3 * size["macs"] * arm.epochs * len(tasks[0].train) for size in state.sizes),
         "nonzero": state.sizes[-1]["nonzero"],
         "seconds": sum(size["seconds"] for size in state.sizes),
     }
@@ -344,10 +360,10 @@ def run(args: Namespace) -> None:
             if arm.name in there or args.match not in arm.name:
                 continue
             tasks = tasks or stream(spec, args, seed)
-            if arm.like and "parameters" not in there.get(arm.like, {}):
+            if arm.like and arm.size not in there.get(arm.like, {}):
                 print(f"{spec} seed {seed} {arm.name}: waits for the size of {arm.like}", flush=True)
                 continue
-            found = measured(arm, tasks, spec, seed, there.get(arm.like, {}).get("parameters", 0))
+            found = measured(arm, tasks, spec, seed, there.get(arm.like, {}).get(arm.size, 0))
             add(args.out, {"stream": spec, "seed": seed, **arm.told, **found})
             print(f"{spec} seed {seed} {arm.name}: {found.get('accuracy', found)}", flush=True)
 

@@ -8,8 +8,8 @@ twin sees the same batches through the rest of that task and all of the next one
 accuracy on the tasks before that the twin that did not grow has more: what an instant test cannot show, since most of
 these ways of growing change no output at first.
 
-Branches and layers that are added have no Kronecker factors, so under the gate they train without it and rewrite what
-old tasks need. Their rows under the gate measure that, not growth; ``--show`` leaves them out.
+Branches and layers that are added inherit Kronecker factors: as inputs those of the layer behind or beside them, as
+outputs those of the layer before or beside them; what is left has the mean.
 ``--at`` is the task, from 0, in which twins part.
 """
 
@@ -109,7 +109,7 @@ def net2wider(learner: Learner[SparseGrowState], settings: Settings) -> Learner[
         return Plan.growing(context.axes, many, Fill("split", seed=settings.seed)) if many else None, state
 
     def react(state: SparseGrowState, context: Context, now: Boundary) -> SparseGrowState:
-        weigh_new_units(state, context, 0.0)
+        weigh_new_units(state.factors, context)
         return learner.boundary(state, context, Boundary(Event.RESUME))
 
     return replace(after_growth(learner, react), plan=plan)
@@ -172,7 +172,7 @@ def gradmax(learner: Learner[SparseGrowState], settings: Settings) -> Learner[Sp
     def react(state: SparseGrowState, context: Context, now: Boundary) -> SparseGrowState:
         batches = [Batch((one.inputs,), labels=one.labels) for one in context.task.train.batches(256)]
         align_new_units(context.model, context.axes, now.plan, batches[:4])
-        weigh_new_units(state, context, 0.0)
+        weigh_new_units(state.factors, context)
         return learner.boundary(state, context, Boundary(Event.RESUME))
 
     return after_growth(learner, react)
@@ -217,10 +217,10 @@ def deeper(identity: bool) -> Callable[[nn.Sequential], tuple[nn.Sequential, Cal
 WIDE: dict[str, tuple[Settings, Variant]] = {
     "not grown": (Settings(grow="never"), unchanged),
     "layer expansion, SparseGrow": (Settings(cap=ONCE), initialised_by_gate),
-    "layer expansion, not silent": (Settings(project_new_units=False, cap=ONCE), unchanged),
+    "layer expansion, not silent": (Settings(directions="random", cap=ONCE), unchanged),
     "layer expansion, Net2Wider": (Settings(cap=ONCE), net2wider),
     "layer expansion, GradMax": (Settings(cap=ONCE), gradmax),
-    "layer expansion, drawn and read at once": (Settings(project_new_units=False, density=1.0, cap=ONCE), read_at_once),
+    "layer expansion, drawn and read at once": (Settings(directions="random", density=1.0, cap=ONCE), read_at_once),
 }
 OTHER: dict[str, Callable[[nn.Sequential], tuple[nn.Sequential, Callable[[str], str]]]] = {
     "lateral branches": lateral,
@@ -238,11 +238,10 @@ def reshaped(
         torch.manual_seed(settings.seed)
         model, renamed = OTHER[twin](model)
     axes = trace(model, tasks[0].train.inputs[:2])
-    context = Context(model, axes, tasks[state.number])
+    context = Context(model, axes, tasks[state.number], state.number)
 
     def moved(name: str) -> str:
-        kind, _, rest = name.rpartition(" ")
-        return f"{kind} {renamed(rest)}".lstrip()
+        return " ".join(renamed(part) if "." in part else part for part in name.split(" "))
 
     tensors = {moved(name): one for name, one in axis_tensors(state.learner).items()}
     for name in context.parameters():
@@ -250,8 +249,31 @@ def reshaped(
     for name in context.weights:
         zeros = torch.zeros(len(context.parameters()[name]))
         tensors.setdefault(f"threshold {name}", AxisTensor(zeros, axes.shapes[name][:1], settings.lr))
+    if settings.gate == "kronecker":
+        inherit_factors(tensors, context, twin)
     moments = {moved(name): one for name, one in state.moments.items()}
     return model, axes, replace(state, learner=with_axis_tensors(state.learner, tensors), moments=moments)
+
+
+def inherit_factors(tensors: dict[str, AxisTensor], context: Context, twin: str) -> None:
+    """Give new layers the factors of their neighbours, and their present parameters as anchors, in place."""
+    parents = {"5": ("7", "3")} if twin in ("in depth, identity at birth", "in depth, drawn") else {}
+    for layer in ("1", "3"):
+        if twin == "lateral branches":
+            parents |= {f"{layer}.branch.0": (f"{layer}.old", ""), f"{layer}.branch.2": ("", f"{layer}.old")}
+    for name, (inputs, outputs) in parents.items():
+        weight = context.parameters()[f"{name}.weight"]
+        own, dims = {"inputs": weight.shape[1:] * 2, "bias": weight.shape[1:]}, context.axes.shapes[f"{name}.weight"]
+        for part, shape in {**own, "outputs": weight.shape[:1] * 2}.items():
+            parent = tensors.get(f"factors {outputs if part == 'outputs' else inputs}.weight {part}")
+            values = torch.zeros(shape) if parent is None else parent.values.clone()
+            axis = dims[0] if part == "outputs" else dims[1]
+            tensors[f"factors {name}.weight {part}"] = AxisTensor(values, (axis,) * values.dim())
+    for name, parameter in context.parameters().items():
+        anchor = AxisTensor(parameter.detach().clone(), context.axes.shapes[name])
+        tensors.setdefault(f"anchor {name}", anchor)
+    factors = {key.removeprefix("factors "): one for key, one in tensors.items() if key.startswith("factors ")}
+    weigh_new_units(factors, context, surrogate=True)
 
 
 def twins(tasks: list[Task], at: int, seed: int, gate: str) -> list[dict[str, Any]]:
@@ -316,14 +338,12 @@ def shown(there: list[Row]) -> Iterator[str]:
         own = [row for row in there if (row["stream"], row["gate"]) == (kind, gate)]
         rest = {row["seed"]: row for row in own if row["twin"] == "not grown"}
         yield f"\n{kind}, {'under the gate' if gate != 'none' else 'without a gate'}, {len(rest)} seeds\n"
-        yield from table(names, lines(own, rest, gate))
+        yield from table(names, lines(own, rest))
 
 
-def lines(own: list[Row], rest: dict[int, Row], gate: str) -> Iterator[list[str]]:
-    """A line per twin; under the gate without those that have no factors."""
+def lines(own: list[Row], rest: dict[int, Row]) -> Iterator[list[str]]:
+    """A line per twin."""
     for twin in dict.fromkeys(row["twin"] for row in own):
-        if gate != "none" and twin in OTHER:
-            continue
         mine = [row for row in own if row["twin"] == twin]
         gaps = [[rest[row["seed"]][key] - row[key] for row in mine] for key in ("old_then", "old_later")]
         pairs = [(rest[row["seed"]]["old_later"], row["old_later"]) for row in mine]

@@ -4,7 +4,6 @@ import importlib
 import json
 import runpy
 from collections.abc import Callable, Iterable
-from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -60,16 +59,6 @@ def test_the_page_of_run_folders_has_the_life_cycles_and_they_went_back_to_the_s
         back = row["undo"]
         assert back["tensors"] == back["same_type"] == back["equal_bits"] and not back["largest"] and not back["others"]
         assert all(one["ok"] for one in row["verify"].values())
-
-
-def test_under_the_gate_no_growth_is_shown_that_trained_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Branches and layers that are added have no factors: their rows under the gate do not measure growth."""
-    monkeypatch.syspath_prepend(str(RECIPES))
-    recipe = importlib.import_module("sparsegrow_twins")
-    tables = "\n".join(recipe.shown(recipe.rows(recipe.OUT))).split("\n\n")
-    gated = [table for title, table in pairwise(tables) if "under the gate" in title]
-    assert len(gated) == 2
-    assert not [arm for arm in recipe.OTHER for table in gated if arm in table]
 
 
 @pytest.mark.parametrize("gate", ["kronecker", "none"])

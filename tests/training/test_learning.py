@@ -146,7 +146,8 @@ def test_a_run_takes_further_tasks(tmp_path: Path) -> None:
     assert told["macs"] == sum(one.weight.numel() for one in layers)
     flags = sum(-(-p.numel() // 8) for p in model.parameters())
     factors = 4 * sum((one.in_features + 1) * one.in_features + one.out_features**2 for one in layers)
-    assert told["remembered"] == flags + factors + 4 * sum(one.out_features for one in layers)
+    anchor = 4 * sum(p.numel() for p in model.parameters())
+    assert told["remembered"] == flags + factors + anchor + 4 * sum(one.out_features for one in layers)
     tasks = read_tasks(TaskSpecs(("permuted:digits:2", "rotated:digits:2"), train=300, test=100))
     assert tuple(mean_score(model, task.test, CLASSIFICATION) for task in tasks) == tuple(last["matrix"][-1])
     assert model[1].out_features > 16

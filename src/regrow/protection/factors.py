@@ -2,8 +2,8 @@
 
 The factors of a network are one mapping of tensors that follow its axes. Of a layer with weight W and a bias: ``W
 inputs`` and ``W bias``, the second moments A of its inputs, and their means, which are those with the constant input of
-the bias; ``W outputs``, the second moments B of the gradients of its outputs. Of any other parameter P: ``P diagonal``.
-They are sums over the tasks.
+the bias; ``W outputs``, the second moments B of the gradients of its outputs. Of a layer with very many inputs or
+outputs they are diagonals. Of any other parameter P: ``P diagonal``. They are sums over the tasks.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,6 +24,7 @@ from regrow.training.learner import Context, Stream
 
 Factors = Mapping[str, AxisTensor]
 BATCH = 50  # examples whose gradients are summed before they are squared
+LARGEST = 2048  # a factor of a layer with more inputs, or outputs, is its diagonal alone
 
 
 def measure_factors(
@@ -54,9 +55,7 @@ def measure_factors(
                 sums.examples = len(batch)
                 with sums:
                     logits = mask_classes(logits_in(run_network(model, batch.inputs)), classes)
-                logs = logits.flatten(0, -2).log_softmax(-1)
-                labels = torch.multinomial(logs.detach().exp().cpu(), 1, generator=generator).to(logs.device)
-                logs.gather(1, labels).sum().backward()
+                sample_log_likelihood(logits, generator).backward()
                 examples += len(batch)
                 for name, parameter in parameters.items():
                     if parameter.grad is not None and name not in sums.outputs:
@@ -65,14 +64,26 @@ def measure_factors(
         model.zero_grad(set_to_none=True)
     measured, with_layer = {}, set[str]()
     for name, total in sums.inputs.items():
-        outputs = sums.outputs[name] if name in sums.outputs else squares[name].flatten(1).sum(1).diag()
+        outputs = sums.outputs[name] if name in sums.outputs else squares[name].flatten(1).sum(1)
         measured[f"{name} inputs"] = total / examples
-        measured[f"{name} outputs"] = outputs / outputs.diagonal().mean().clamp_min(1e-30)
+        measured[f"{name} outputs"] = outputs / diagonal_of(outputs).mean().clamp_min(1e-30)
         with_layer.update(layer_parameters(model, name))
     for name, square in squares.items():
         if name not in with_layer:
             measured[f"{name} diagonal"] = square / square.mean().clamp_min(1e-30)
     return measured
+
+
+def sample_log_likelihood(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Return Σ log p(y) over all positions of logits, ``[..., classes]``, with labels y drawn from p, as a scalar."""
+    logs = logits.flatten(0, -2).log_softmax(-1)
+    labels = torch.multinomial(logs.detach().exp().cpu(), 1, generator=generator).to(logs.device)
+    return logs.gather(1, labels).sum()
+
+
+def diagonal_of(factor: Tensor) -> Tensor:
+    """Return the diagonal of a factor, ``[n, n]``, or the factor if it is a diagonal itself, ``[n]``; a view."""
+    return factor if factor.dim() == 1 else factor.diagonal()
 
 
 def layer_parameters(model: nn.Module, weight: str) -> list[str]:
@@ -102,11 +113,11 @@ class _FactorSums(TorchFunctionMode):
         result = func(*args, **kwargs)
         with torch.no_grad():
             for name, rows in self._read(func, args, kwargs):
-                rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1).float()
+                rows = _widen(torch.cat([rows, rows.new_ones(len(rows), 1)], 1))
                 if self.rows is not None:
                     self.rows[name] = rows
                     continue
-                _add(self.inputs, name, rows.T @ rows / (len(rows) / self.examples))
+                _add(self.inputs, name, _sum_products(rows) / (len(rows) / self.examples))
                 if func not in RECURRENT and result.requires_grad:
                     _add(self.outputs, name, rows.new_zeros(()))
                     channels = 1 if func in _CONVOLUTIONS else -1
@@ -114,8 +125,8 @@ class _FactorSums(TorchFunctionMode):
         return result
 
     def _add_gradient(self, name: str, channels: int, gradient: Tensor) -> None:
-        rows = gradient.movedim(channels, -1).flatten(0, -2).float()
-        _add(self.outputs, name, rows.T @ rows)
+        rows = _widen(gradient.movedim(channels, -1).flatten(0, -2))
+        _add(self.outputs, name, _sum_products(rows))
 
     def _read(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
         """Yield the name of each known weight that a call reads, and what it reads per position, ``[positions, n]``."""
@@ -151,9 +162,12 @@ def measure_surrogate(factors: Factors, context: Context, count: int, generator:
     """
     model, example = context.model, context.task.train.take(torch.arange(1)).inputs
     first = next(iter(layers_of(factors)), "")
-    if not first or not isinstance(example, Tensor) or factors[f"{first} bias"].values.numel() != example[0].numel():
+    bias = factors.get(f"{first} bias")
+    if not context.number or bias is None or not isinstance(example, Tensor):
         return {}
-    mean = factors[f"{first} bias"].values.double() / context.number
+    if bias.values.numel() != example[0].numel():
+        return {}
+    mean = bias.values.double() / context.number
     moments = factors[f"{first} inputs"].values.double() / context.number - torch.outer(mean, mean)
     values, vectors = torch.linalg.eigh(moments)
     noise = torch.randn(count, len(mean), generator=generator, dtype=torch.float64).to(mean)
@@ -163,6 +177,16 @@ def measure_surrogate(factors: Factors, context: Context, count: int, generator:
     with evaluation_mode(model), sums:
         run_network(model, inputs.to(example).view(count, *example.shape[1:]))
     return {name: total / count for name, total in sums.inputs.items()}
+
+
+def _sum_products(rows: Tensor) -> Tensor:
+    """Return Σ x xᵀ over the rows, ``[n, n]``, or its diagonal if there are more than LARGEST columns, ``[n]``."""
+    return rows.square().sum(0) if rows.shape[1] > LARGEST else rows.T @ rows
+
+
+def _widen(values: Tensor) -> Tensor:
+    """Return values in float32, unless they are float64."""
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
@@ -209,12 +233,14 @@ def add_factors(factors: Factors, context: Context, samples: int) -> dict[str, A
     for key, value in measure_factors(context.model, examples.batches(BATCH), labels, context.classes).items():
         name, _, part = key.rpartition(" ")
         outputs, *inputs = context.axes.shapes[name]
-        shape = context.parameters()[name].shape
-        if part == "inputs":
-            _add_task(result, key, value[:-1, :-1].reshape(shape[1:] * 2), (*inputs, *inputs))
-            _add_task(result, f"{name} bias", value[:-1, -1].reshape(shape[1:]), tuple(inputs))
+        shape = context.parameters()[name].shape[1:]
+        if part == "inputs" and value.dim() > 1:
+            _add_task(result, key, value[:-1, :-1].reshape(shape * 2), (*inputs, *inputs))
+            _add_task(result, f"{name} bias", value[:-1, -1].reshape(shape), tuple(inputs))
+        elif part == "inputs":
+            _add_task(result, key, value[:-1].reshape(shape), tuple(inputs))
         else:
-            _add_task(result, key, value, (outputs, outputs) if part == "outputs" else (outputs, *inputs))
+            _add_task(result, key, value, (outputs, *inputs) if part == "diagonal" else (outputs,) * value.dim())
     return result
 
 

@@ -13,7 +13,7 @@ from regrow.core.axes import axes_in
 from regrow.core.axes.axis import AxisTensor, size_of
 from regrow.core.plan import Fill, Plan
 from regrow.core.sources import Batch
-from regrow.protection.factors import Factors, layers_of, measure_surrogate, read_inputs
+from regrow.protection.factors import Factors, diagonal_of, layers_of, measure_surrogate, read_inputs
 from regrow.protection.guards import Guards, write_rows
 from regrow.surgery import fit_new_units
 from regrow.surgery.layout import resize_axis_tensor
@@ -73,17 +73,19 @@ def weigh_new_units(factors: Factors, context: Context, *, share: float = 0.0, s
     generator = context.generator(Stream.CALIBRATION)
     expected = measure_surrogate(factors, context, SURROGATES, generator) if surrogate else {}
     for name in layers_of(factors):
-        diagonal = factors[f"{name} outputs"].values.diagonal()
+        diagonal = diagonal_of(factors[f"{name} outputs"].values)
         new = diagonal == 0
         if name not in context.head:
             diagonal[new] = diagonal[~new].mean() if not bool(new.all()) else 1.0
-        bias = factors[f"{name} bias"].values.flatten()
-        inputs = factors[f"{name} inputs"].values.view(len(bias), len(bias))
+        if (bias := factors.get(f"{name} bias")) is None:
+            continue
+        count = bias.values.numel()
+        inputs = factors[f"{name} inputs"].values.view(count, count)
         unread = inputs.diagonal() == 0
         if name in expected and bool(unread.any()):
             moments = context.number * expected[name]
             inputs[unread], inputs[:, unread] = moments[:-1, :-1][unread], moments[:-1, :-1][:, unread]
-            factors[f"{name} bias"].values.view(-1)[unread] = moments[:-1, -1][unread]
+            bias.values.view(-1)[unread] = moments[:-1, -1][unread]
         elif rescaled & set(axes_in(context.axes.shapes[name][1])) and not bool(unread.all()):
             inputs.diagonal()[unread] = share * inputs.diagonal()[~unread].mean()
 

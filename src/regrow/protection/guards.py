@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.core.axes.axis import AxisTensor
-from regrow.protection.factors import Factors, layer_parameters, layers_of
+from regrow.protection.factors import Factors, diagonal_of, layer_parameters, layers_of
 from regrow.training.learner import Context
 
 
@@ -22,9 +22,9 @@ class Guard:
 
     names: Sequence[str]  # of the weight and the bias, or of one parameter
     curvature: Tensor  # [m, n + 1], or of the parameter's shape
-    inputs: Tensor | None  # the eigenvectors of A, [n + 1, n + 1]; None: of the diagonal
+    inputs: Tensor | None  # the eigenvectors of A, [n + 1, n + 1]; None: A is a diagonal
     input_curvature: Tensor | None  # λ_A, [n + 1]
-    outputs: Tensor | None  # the eigenvectors of B, [m, m]
+    outputs: Tensor | None  # the eigenvectors of B, [m, m]; None: B is a diagonal
     anchor: Tensor  # weight and bias at the end of the last task, side by side, [m, n + 1]
     last: Tensor  # the same after the guard was last applied; changes in place
     moved: Tensor  # last − anchor, in the eigenvectors; changes in place
@@ -37,15 +37,13 @@ class Guard:
 
     def to_directions(self, change: Tensor) -> Tensor:
         """Return a change of weight and bias, ``[m, n + 1]``, in the eigenvectors: Q_Bᵀ Δ Q_A."""
-        if self.inputs is None or self.outputs is None:
-            return change
-        return self.outputs.T @ change @ self.inputs
+        change = change if self.outputs is None else self.outputs.T @ change
+        return change if self.inputs is None else change @ self.inputs
 
     def to_entries(self, directions: Tensor) -> Tensor:
         """Return the change of weight and bias whose :meth:`to_directions` are given: Q_B X Q_Aᵀ."""
-        if self.inputs is None or self.outputs is None:
-            return directions
-        return self.outputs @ directions @ self.inputs.T
+        directions = directions if self.outputs is None else self.outputs @ directions
+        return directions if self.inputs is None else directions @ self.inputs.T
 
     def free(self, strength: float) -> float:
         """Return the mean of 1 / (1 + s λ) over all directions: 1 if the layer may change freely, 0 if not at all."""
@@ -58,7 +56,7 @@ class Guard:
         and the bias; other entries are 0.
         """
         if self.inputs is None or self.input_curvature is None:
-            return rows
+            return reads * rows / (1 + strength * (0.0 if self.input_curvature is None else self.input_curvature))
         scaled = strength * (self.inputs * self.input_curvature) @ self.inputs.T  # s A
         result = torch.zeros_like(rows)
         for row, read, projected in zip(rows, reads.clone(), result, strict=True):
@@ -81,28 +79,41 @@ def build_guards(
     """
     guards = {}
     for name in (name for name in layers_of(factors) if name not in skip):
-        bias = factors[f"{name} bias"].values.flatten()
-        n = len(bias)
-        inputs = bias.new_empty(n + 1, n + 1)
-        inputs[:-1, :-1] = factors[f"{name} inputs"].values.reshape(n, n)
-        inputs[-1, :-1] = inputs[:-1, -1] = bias
-        inputs[-1, -1] = context.number
         names = layer_parameters(context.model, name)
-        if len(names) == 1:  # no step changes the bias: it must not count for the weights
-            inputs[-1], inputs[:, -1] = 0.0, 0.0
+        inputs = _join_bias(factors, name, 0 if len(names) == 1 else context.number)
         outputs = factors[f"{name} outputs"].values / context.number
-        outputs = outputs + (0.0 if name in context.head else damping) * torch.eye(len(outputs)).to(outputs)
-        (l_a, q_a), (l_b, q_b) = (torch.linalg.eigh(factor.double()) for factor in (inputs, outputs))
-        l_a, l_b = l_a.clamp_min(0), l_b.clamp_min(0)
-        curvature = (l_b[:, None] * l_a).to(inputs)
-        bases = q_a.to(inputs), l_a.to(inputs), q_b.to(inputs)
-        guards[name] = _place(names, curvature, bases, context, anchor)
+        diagonal_of(outputs).add_(0.0 if name in context.head else damping)
+        (l_a, q_a), (l_b, q_b) = _decompose(inputs), _decompose(outputs)
+        guards[name] = _place(names, l_b[:, None] * l_a, (q_a, l_a, q_b), context, anchor)
     for key in (key for key in factors if key.endswith(" diagonal")):
         name = key.removesuffix(" diagonal")
         if name not in skip:
             curvature = side_by_side([factors[key].values])
             guards[name] = _place([name], curvature, (None, None, None), context, anchor)
     return guards
+
+
+def _join_bias(factors: Factors, name: str, constant: int) -> Tensor:
+    """Return A of a layer with the constant input of its bias, ``[n + 1, n + 1]``; if A is a diagonal, ``[n + 1]``.
+
+    ``constant``: the second moment of that input; 0: there is no bias, and no step may count it for the weights.
+    """
+    inputs, bias = factors[f"{name} inputs"].values, factors.get(f"{name} bias")
+    if bias is None:
+        return torch.cat([inputs.flatten(), inputs.new_tensor([constant])])
+    means = bias.values.flatten()
+    if not constant:
+        means = torch.zeros_like(means)
+    rows = torch.cat([inputs.reshape(len(means), -1), means[None]])
+    return torch.cat([rows, torch.cat([means, means.new_tensor([constant])])[:, None]], 1)
+
+
+def _decompose(factor: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return the eigenvalues of a factor, at least 0, and its eigenvectors; ``None`` if the factor is a diagonal."""
+    if factor.dim() == 1:
+        return factor, None
+    values, vectors = torch.linalg.eigh(factor.double())
+    return values.clamp_min(0).to(factor), vectors.to(factor)
 
 
 def _place(
@@ -114,7 +125,7 @@ def _place(
 ) -> Guard:
     """Return a guard of parameters as they are now; ``bases``: eigenvectors and values of A, eigenvectors of B."""
     rows = side_by_side([anchor[name].values for name in names])
-    if rows.shape[1] < curvature.shape[1]:  # no bias
+    if rows.shape[1] < curvature.shape[1]:  # a layer without a bias
         rows = torch.cat([rows, rows.new_zeros(len(rows), 1)], 1)
     guard = Guard(names, curvature, *bases, rows, rows.clone(), torch.zeros_like(rows))
     settle_guards({"": guard}, context.model)

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from regrow.core.axes import AxisGraph
 from regrow.core.axes.axis import AxisTensor
-from regrow.core.objectives import CLASSIFICATION, Objective
+from regrow.core.objectives import CLASSIFICATION, NEXT_TOKEN, Objective
 from regrow.core.plan import Plan
 from regrow.core.tasks import Examples, ExampleSet, Task, first_examples, run_network
 from regrow.data.datasets import fix_order
@@ -60,7 +60,7 @@ def learn(
     ``state``: that from which an interrupted call resumes. The result's ``state`` has the accuracies
     (:func:`accuracy_matrix`). Raise ValueError if the learner cannot train the objective, or a loss is not finite.
     """
-    if learner.classes_only and schedule.objective is not CLASSIFICATION:
+    if learner.classes_only and schedule.objective not in (CLASSIFICATION, NEXT_TOKEN):
         raise ValueError(
             f"this method needs class probabilities, and the objective is {schedule.objective.name}; "
             "take naive, si, packnet or wsn"

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -108,16 +108,34 @@ def restore_entries(context: Context, values: Mapping[str, Tensor], protected: M
             torch.where(protected[name], value, parameter, out=parameter)
 
 
+def name_inputs(inputs: Any) -> dict[str, Tensor]:
+    """Return the tensors of an example's inputs by name, as a replay memory stores them; :func:`inputs_of` undoes it.
+
+    A single tensor is ``inputs``, those that are given by name ``inputs NAME``; ``ValueError`` for several without.
+    """
+    if isinstance(inputs, Tensor):
+        return {"inputs": inputs}
+    if isinstance(inputs, dict):
+        return {f"inputs {name}": value for name, value in inputs.items()}
+    raise ValueError(f"a replay memory stores one input, or inputs by name, and got {len(inputs)}; give a dict")
+
+
+def inputs_of(rows: Mapping[str, Tensor]) -> Any:
+    """Return the inputs in tensors that :func:`name_inputs` named, among others."""
+    named = {name.removeprefix("inputs "): value for name, value in rows.items() if name.startswith("inputs ")}
+    return named or rows["inputs"]
+
+
 def add_to_replay_memory(
-    stored: Mapping[str, AxisTensor | None], seen: int, context: Context, size: int, rows: Mapping[str, Tensor]
+    stored: Mapping[str, AxisTensor], seen: int, context: Context, size: int, rows: Mapping[str, Tensor]
 ) -> dict[str, AxisTensor]:
     """Offer a batch to a replay memory of ``size`` examples, by reservoir sampling; return the memory's tensors.
 
-    ``stored``: the memory's tensors by name, changed in place; ``None`` while it is empty: they are made. ``rows``:
+    ``stored``: the memory's tensors by name, changed in place; missing while it is empty: they are made. ``rows``:
     those of the batch, ``[N, ...]``, by the same names; ``seen``: how many examples have been offered before. Each of
     these is stored with the same probability. Source: Vitter's algorithm R (ACM TOMS 11, 1985).
     """
-    memory = {name: tensor for name, tensor in stored.items() if tensor is not None}
+    memory = dict(stored)
     for name, like in rows.items():
         shape = (size, *like.shape[1:])
         if name not in memory:
@@ -137,7 +155,7 @@ def add_to_replay_memory(
 
 
 def draw_from_replay_memory(
-    stored: Mapping[str, AxisTensor | None], seen: int, recalled: int, context: Context, size: int, n: int
+    stored: Mapping[str, AxisTensor], seen: int, recalled: int, context: Context, size: int, n: int
 ) -> dict[str, Tensor]:
     """Return up to ``n`` random examples of a replay memory by name of a tensor, drawn with replacement.
 
@@ -148,9 +166,7 @@ def draw_from_replay_memory(
     if not filled or not context.number:
         return {}
     indices = torch.randint(filled, (min(n, filled),), generator=context.generator(Stream.REPLAY_DRAW, recalled + 1))
-    return {
-        name: memory.values[indices.to(memory.values.device)] for name, memory in stored.items() if memory is not None
-    }
+    return {name: memory.values[indices.to(memory.values.device)] for name, memory in stored.items()}
 
 
 AxisTensors = Mapping[str, AxisTensor]  # tensors of a learner by name

@@ -279,7 +279,7 @@ class Learner(Generic[S]):
             them comes with every step.
         trains_on_past: Whether it trains on all examples of earlier tasks, as upper bounds do.
         restores: Whether its plans restore what earlier plans removed.
-        classes_only: Whether it needs class probabilities, so that it learns no other objective.
+        classes_only: Whether it needs probabilities of classes or tokens, so that it learns no other objective.
         uses_axes: Whether it needs the network's axes, so that the network must be traced.
     """
 

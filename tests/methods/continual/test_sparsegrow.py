@@ -386,7 +386,7 @@ def test_a_memory_goes_along(tasks: list[Task]) -> None:
         _, _, state, course = learned(tasks[:2], settings)
         lost[memory] = course.rows[0][0] - course.rows[1][0]
     assert lost[200] < lost[0]
-    assert state.inputs.values.shape[0] == 200 and state.seen == 2 * len(tasks[0].train)
+    assert state.rows["inputs"].values.shape[0] == 200 and state.seen == 2 * len(tasks[0].train)
 
 
 @pytest.mark.parametrize("scenario", ["class", "domain"])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from regrow.core.axes.axis import AxisTensor
+from regrow.protection.factors import sample_log_likelihood
 from regrow.settings.constraints import CheckedSettings, Count, Fraction, NonNegative
 from regrow.training.hooks import copy_parameters, quadratic_loss
 from regrow.training.learner import Boundary, Context, Event, Learner, Loss, Step, Stream, make_tensor, set_train_mode
@@ -73,9 +74,8 @@ def _measure_fisher(context: Context, samples: int) -> dict[str, Tensor]:
     context.model.eval()
     for i in order.tolist():
         context.model.zero_grad(set_to_none=True)
-        log_probabilities = context.logits(context.task.train.take(torch.tensor([i])).inputs).log_softmax(-1)[0]
-        label = int(torch.multinomial(log_probabilities.detach().exp().cpu(), 1, generator=generator))
-        log_probabilities[label].backward()
+        logits = context.logits(context.task.train.take(torch.tensor([i])).inputs)
+        sample_log_likelihood(logits, generator).backward()
         for name, parameter in parameters.items():
             if parameter.grad is not None:
                 fisher[name] += parameter.grad.square() / len(order)

@@ -84,7 +84,7 @@ def _react(settings: Settings, state: GpmState, context: Context, boundary: Boun
     examples = train.take(order[: settings.samples]).batches(BATCH)
     measured = measure_factors(context.model, examples, context.generator(Stream.FISHER_LABELS), context.classes)
     basis, bias, energy = dict(state.basis), dict(state.bias), settings.first_energy
-    for key in (key for key in measured if key.endswith(" inputs")):
+    for key in (key for key, value in measured.items() if key.endswith(" inputs") and value.dim() > 1):
         name = key.removesuffix(" inputs")
         moments = measured[key].double()
         if len(layer_parameters(context.model, name)) == 1:

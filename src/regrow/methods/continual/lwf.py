@@ -6,14 +6,16 @@ is the one before the task.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from regrow.core.axes.axis import AxisTensor
+from regrow.core.objectives import class_loss
 from regrow.core.sources import logits_in
-from regrow.core.tasks import mask_classes, run_network
+from regrow.core.tasks import mask_classes, pack_batch, run_network
 from regrow.settings.constraints import CheckedSettings, NonNegative, Positive
 from regrow.training.hooks import copy_parameters
 from regrow.training.learner import Boundary, Context, Event, Learner, Loss, Step, set_train_mode
@@ -48,11 +50,12 @@ def build(settings: Settings) -> Learner[LwfState]:
 
     def compute_loss(state: LwfState, context: Context, step: Step) -> Loss:
         logits = logits_in(run_network(context.model, step.batch.inputs))
-        loss = F.cross_entropy(mask_classes(logits, context.classes), step.batch.labels)
+        loss = class_loss(mask_classes(logits, context.classes), step.batch.labels)
         if not context.number:
             return Loss(loss)
         teacher_logits = _compute_teacher_logits(state, context, step.batch.inputs)
-        new, old = (x[:, state.known] / settings.temperature for x in (logits, teacher_logits))
+        known = state.known or slice(None)  # tokens have no classes of a task
+        new, old = (x.flatten(0, -2)[:, known] / settings.temperature for x in (logits, teacher_logits))
         distance = F.kl_div(new.log_softmax(-1), old.log_softmax(-1), reduction="batchmean", log_target=True)
         return Loss(loss + settings.strength * settings.temperature**2 * distance)
 
@@ -68,14 +71,15 @@ def build(settings: Settings) -> Learner[LwfState]:
     return Learner(LwfState(), loss=compute_loss, boundary=keep_teacher, classes_only=True)
 
 
-def _compute_teacher_logits(state: LwfState, context: Context, inputs: Tensor) -> Tensor:
-    """Return the logits of the network as it was before the task, ``[N, classes]``, in eval mode, without gradients.
+def _compute_teacher_logits(state: LwfState, context: Context, inputs: Any) -> Tensor:
+    """Return the logits of the network as it was before the task, ``[N, ..., classes]``, without gradients.
 
-    ``context.model`` keeps its parameters and is left in training mode.
+    It runs in eval mode; ``context.model`` keeps its parameters and is left in training mode.
     """
     old = {name: tensor.values for name, tensor in state.old.items()}
     context.model.eval()
     with torch.no_grad():
-        logits = logits_in(torch.func.functional_call(context.model, old, (inputs,)))
+        batch = pack_batch(inputs)
+        logits = logits_in(torch.func.functional_call(context.model, old, tuple(batch.args), dict(batch.kwargs)))
     context.model.train()
     return logits

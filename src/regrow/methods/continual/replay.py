@@ -8,16 +8,16 @@ the first epoch of a task; for DER++ in every epoch, as its authors do, so that 
 learned.
 """
 
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
-import torch.nn.functional as F
 
 from regrow.core.axes.axis import AxisTensor
+from regrow.core.objectives import class_loss
 from regrow.core.tasks import mask_classes
 from regrow.settings.constraints import CheckedSettings, Count, NonNegative
-from regrow.training.hooks import add_to_replay_memory, draw_from_replay_memory
+from regrow.training.hooks import add_to_replay_memory, draw_from_replay_memory, inputs_of, name_inputs
 from regrow.training.learner import Context, Learner, Loss, Step
 
 CITATION = "Chaudhry et al., On tiny episodic memories in continual learning, 2019; Buzzega et al., DER++, NeurIPS 2020"
@@ -44,16 +44,10 @@ class Settings(CheckedSettings):
 class ReplayState:
     """The replay memory, and counters for its sampling."""
 
-    inputs: AxisTensor | None = None  # the stored inputs, `[examples, ...]`; `None` while the memory is empty
-    labels: AxisTensor | None = None  # their labels, `[examples]`
-    logits: AxisTensor | None = None  # the network's logits when they were stored, `[examples, classes]`
+    # Its tensors by name, `[examples, ...]`: inputs, labels, and the network's logits when they were stored
+    rows: Mapping[str, AxisTensor] = field(default_factory=dict)
     seen: int = 0  # the number of examples offered to the memory
     recalled: int = 0  # the number of times that examples were drawn from it
-
-    @property
-    def rows(self) -> dict[str, AxisTensor | None]:
-        """The memory's tensors by field name, one row per stored example; ``None`` while it is empty."""
-        return {"inputs": self.inputs, "labels": self.labels, "logits": self.logits}
 
 
 def build(settings: Settings) -> Learner[ReplayState]:
@@ -63,11 +57,11 @@ def build(settings: Settings) -> Learner[ReplayState]:
         batch = step.batch
         logits = context.logits(batch.inputs)
         task_logits = mask_classes(logits, context.task_classes) if settings.asymmetric_loss else logits
-        loss = F.cross_entropy(task_logits, batch.labels)
+        loss = class_loss(task_logits, batch.labels)
         rows = draw_from_replay_memory(state.rows, state.seen, state.recalled, context, settings.memory, len(batch))
         if rows:
-            replayed = context.replay_logits(rows["inputs"], rows["labels"])
-            loss = loss + settings.label_weight * F.cross_entropy(replayed, rows["labels"])
+            replayed = context.replay_logits(inputs_of(rows), rows["labels"])
+            loss = loss + settings.label_weight * class_loss(replayed, rows["labels"])
             if settings.logit_weight:
                 # −∞: classes that were, or are, not among those to predict
                 finite = torch.isfinite(rows["logits"]) & torch.isfinite(replayed)
@@ -80,8 +74,10 @@ def build(settings: Settings) -> Learner[ReplayState]:
         state = replace(state, recalled=state.recalled + has_drawn)
         if context.epoch and not settings.logit_weight:
             return state
-        rows = {"inputs": batch.inputs, "labels": batch.labels, "logits": logits}
-        memory: dict[str, Any] = add_to_replay_memory(state.rows, state.seen, context, settings.memory, rows)
-        return replace(state, **memory, seen=state.seen + len(batch))
+        rows = {**name_inputs(batch.inputs), "labels": batch.labels}
+        if settings.logit_weight:
+            rows["logits"] = logits
+        memory = add_to_replay_memory(state.rows, state.seen, context, settings.memory, rows)
+        return replace(state, rows=memory, seen=state.seen + len(batch))
 
     return Learner(ReplayState(), loss=compute_loss, after_step=fill_memory, classes_only=True)

@@ -25,16 +25,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from regrow.allocation.levels import apply_threshold, margin
 from regrow.allocation.widening import growable_axes, plan_growth, producing_weights
 from regrow.core.axes import Axis
 from regrow.core.axes.axis import AxisTensor
+from regrow.core.objectives import class_loss
 from regrow.core.plan import Fill, Plan
 from regrow.core.tasks import mask_classes
 from regrow.methods.continual.sparsegrow.state import SparseGrowState
@@ -43,7 +43,7 @@ from regrow.protection.growth import direct_new_units, extend_anchor, fit_to_tas
 from regrow.protection.guards import apply_guards, build_guards, settle_guards
 from regrow.settings.constraints import CheckedSettings, Count, Fraction, NonNegative, OneOf, Range
 from regrow.surgery.new_units import sparsify_new_units
-from regrow.training.hooks import add_to_replay_memory, copy_parameters, draw_from_replay_memory
+from regrow.training.hooks import add_to_replay_memory, copy_parameters, draw_from_replay_memory, inputs_of, name_inputs
 from regrow.training.learner import (
     Boundary,
     Context,
@@ -114,8 +114,8 @@ class Settings(CheckedSettings):
     alpha: float = 1e-4
     new_unit_penalty: float = 10.0
     gate: Annotated[str, OneOf("kronecker", "hard", "none")] = "kronecker"
-    strength: NonNegative = 15.0
-    pull: NonNegative = 0.0
+    strength: NonNegative = 2.0
+    pull: NonNegative = 0.5
     damping: NonNegative = 0.1
     group_norm_damping: NonNegative = 0.1
     samples: Count = 2000
@@ -199,10 +199,10 @@ def _compute_loss(s: Settings, state: SparseGrowState, context: Context, step: S
     """Hook ``loss``: cross-entropy + α Σ exp(−t) + that of replayed examples; ``aux``: whether there were any."""
     batch = step.batch
     classes = context.task_classes if s.asymmetric_loss and _replays_classes(s, context) else None
-    loss = F.cross_entropy(mask_classes(context.logits(batch.inputs), classes), batch.labels)
+    loss = class_loss(mask_classes(context.logits(batch.inputs), classes), batch.labels)
     rows = draw_from_replay_memory(state.rows, state.seen, state.recalled, context, s.memory, len(batch))
     if rows:
-        loss = loss + F.cross_entropy(context.replay_logits(rows["inputs"], rows["labels"]), rows["labels"])
+        loss = loss + class_loss(context.replay_logits(inputs_of(rows), rows["labels"]), rows["labels"])
     for name in context.weights:
         if name in state.threshold:
             penalty = torch.exp(-state.threshold[name].values)
@@ -235,9 +235,9 @@ def _restrict_step(s: Settings, state: SparseGrowState, context: Context, step: 
     state = replace(state, recalled=state.recalled + step.aux)
     if context.epoch:
         return state
-    rows = {"inputs": step.batch.inputs, "labels": step.batch.labels}
-    memory: dict[str, Any] = add_to_replay_memory(state.rows, state.seen, context, s.memory, rows)
-    return replace(state, **memory, seen=state.seen + len(step.batch))
+    rows = {**name_inputs(step.batch.inputs), "labels": step.batch.labels}
+    memory = add_to_replay_memory(state.rows, state.seen, context, s.memory, rows)
+    return replace(state, rows=memory, seen=state.seen + len(step.batch))
 
 
 def _plan_growth(s: Settings, state: SparseGrowState, context: Context) -> tuple[Plan | None, SparseGrowState]:

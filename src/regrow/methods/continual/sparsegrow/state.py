@@ -31,8 +31,7 @@ class SparseGrowState:
     old: Mapping[str, AxisTensor] = field(default_factory=dict)  # units that existed before the growth in this task
     factors: Factors = field(default_factory=dict)  # of earlier tasks
     anchor: Mapping[str, AxisTensor] = field(default_factory=dict)  # parameters at the end of the last task
-    inputs: AxisTensor | None = None  # the replay memory
-    labels: AxisTensor | None = None
+    rows: Mapping[str, AxisTensor] = field(default_factory=dict)  # the replay memory: inputs and labels
     base: dict[str, int] = field(default_factory=dict)  # the initial size of every axis
     steps: int = 0  # of training, so far
     lr: float = 0.0  # of the last step
@@ -41,11 +40,6 @@ class SparseGrowState:
     recalled: int = 0  # draws from the memory
     frozen: Mapping[str, tuple[Tensor, Tensor]] = derived(dict)  # entries not trained in this task, and their values
     guards: Guards = derived(dict)
-
-    @property
-    def rows(self) -> dict[str, AxisTensor | None]:
-        """The memory's tensors by field name, one row per stored example; ``None`` while it is empty."""
-        return {"inputs": self.inputs, "labels": self.labels}
 
     def thresholded(self, context: Context) -> Iterator[ThresholdedWeight]:
         """Yield each weight that has thresholds, with these and its mask; the first two may be changed in place."""
