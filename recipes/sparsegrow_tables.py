@@ -211,7 +211,7 @@ GRID = (
     *grid("laplace", "Laplace {strength:g}", *({"strength": s} for s in (0.5, 2.0, 8.0))),
     *grid("ncl", "NCL {strength:g}, {pull:g}", *({"strength": s, "pull": 0.1} for s in (1.0, 5.0, 25.0))),
     *grid("gpm", "GPM {energy:g}", *({"energy": e, "first_energy": f} for e, f in ENERGIES)),
-    *grid("ewc", "EWC {strength:g}", *({"strength": s} for s in (1.0, 10.0, 100.0))),
+    *grid("ewc", "EWC {strength:g}", *({"strength": s} for s in (10.0, 100.0, 1000.0))),
     *grid("si", "SI {strength:g}", *({"strength": s} for s in (0.1, 0.3, 1.0))),
     *grid("replay", "DER++ {logit_weight:g}", *({"memory": 500, "logit_weight": w} for w in (0.2, 0.5, 1.0))),
     *grid("sparsegrow", "SparseGrow {strength:g}, {pull:g}", *({"strength": s, "pull": q} for s, q in GATES)),

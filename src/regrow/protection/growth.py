@@ -57,6 +57,9 @@ class Growth:
         return Plan.growing(axes, added, Fill("zero_out", seed=self.seed), origin=ORIGIN) if added else None
 
 
+NO_GROWTH = Growth("never", 0.0, 1, 1.0, "random", 0.0, 0)
+
+
 def weigh_new_units(factors: Factors, context: Context, *, share: float = 0.0, surrogate: bool = False) -> None:
     """Give new units an importance in the factors of earlier tasks, in place, so that guards protect their weights.
 

@@ -5,8 +5,16 @@ from dataclasses import dataclass, field, replace
 
 from regrow.core.axes.axis import AxisTensor
 from regrow.core.plan import Plan
-from regrow.protection.factors import Factors, add_factors
-from regrow.protection.growth import ORIGIN, Growth, direct_new_units, extend_anchor, fit_to_task, weigh_new_units
+from regrow.protection.factors import Factors
+from regrow.protection.growth import (
+    NO_GROWTH,
+    ORIGIN,
+    Growth,
+    direct_new_units,
+    extend_anchor,
+    fit_to_task,
+    weigh_new_units,
+)
 from regrow.protection.guards import Guards, apply_guards, build_guards, settle_guards
 from regrow.training.hooks import copy_parameters
 from regrow.training.learner import Boundary, Context, Event, Learner, Step, set_train_mode
@@ -19,17 +27,17 @@ class Protection:
 
     Args:
         shrink: Learning rate → the arguments of :func:`regrow.protection.guards.apply_guards` for one step.
+        add_factors: (factors, context) → the factors with those of the present task.
         damping: As of :func:`regrow.protection.guards.build_guards`.
-        samples: The number of examples of each task on which its factors are measured.
         every: Guards are applied to the joint change of this many steps.
         growth: When the network is widened, and how.
     """
 
     shrink: Callable[[float], Mapping[str, float]]
-    damping: float
-    samples: int
-    every: int
-    growth: Growth
+    add_factors: Callable[[Factors, Context], Factors]
+    damping: float = 0.0
+    every: int = 1
+    growth: Growth = NO_GROWTH
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,7 @@ def build_learner(protection: Protection) -> Learner[ProtectionState]:
                 apply(state, context)
                 settle_guards(state.guards, context.model)
             case Event.TASK_END:
-                factors = add_factors(state.factors, context, protection.samples)
+                factors = protection.add_factors(state.factors, context)
                 return replace(state, factors=factors, anchor=copy_parameters(context), guards={})
         return state
 

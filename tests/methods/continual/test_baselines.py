@@ -147,8 +147,8 @@ def test_synaptic_intelligence_holds_the_weights_that_lowered_the_loss() -> None
 
 
 def test_elastic_weight_consolidation_adds_up_the_importance_of_tasks() -> None:
-    after = [learned("ewc", {"strength": 0.0, "decay": 1.0}, TWO[:n])[1].fisher for n in (1, 2)]
-    last = learned("ewc", {"strength": 0.0, "decay": 0.0}, TWO)[1].fisher
+    after = [learned("ewc", {"strength": 0.0, "decay": 1.0}, TWO[:n])[1].factors for n in (1, 2)]
+    last = learned("ewc", {"strength": 0.0, "decay": 0.0}, TWO)[1].factors
     for name, total in after[1].items():
         torch.testing.assert_close(total.values, after[0][name].values + last[name].values)
 

@@ -2,20 +2,20 @@
 
 Kirkpatrick et al., PNAS 2017 (arXiv 1612.00796); the running sum over tasks after Schwarz et al., Progress & Compress
 (ICML 2018):  loss + λ/2 Σ F (θ − θ*)²,  F ← γ F + F_task,  F_task = E[(∂ log p(y|x) / ∂θ)²] with y sampled from
-the network's own predictions (the true Fisher information, not the squared gradient of a batch).
+the network's own predictions (the true Fisher information, not the squared gradient of a batch). Unlike there, the
+penalty is a proximal step after each step of the optimizer,  θ ← θ* + (θ − θ*) / (1 + η λ F),  stable at every λ.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor
 
 from regrow.core.axes.axis import AxisTensor
-from regrow.protection.factors import sample_log_likelihood
+from regrow.protection.factors import Factors, sample_log_likelihood
+from regrow.protection.learner import Protection, ProtectionState, build_learner
 from regrow.settings.constraints import CheckedSettings, Count, Fraction, NonNegative
-from regrow.training.hooks import copy_parameters, quadratic_loss
-from regrow.training.learner import Boundary, Context, Event, Learner, Loss, Step, Stream, make_tensor, set_train_mode
+from regrow.training.learner import Context, Learner, Stream, make_tensor
 
 CITATION = "Kirkpatrick et al., Overcoming catastrophic forgetting in neural networks, PNAS 2017"
 
@@ -30,55 +30,39 @@ class Settings(CheckedSettings):
         samples: The number of examples, taken one by one, on which a task's Fisher information is estimated.
     """
 
-    strength: NonNegative = 10.0
+    strength: NonNegative = 100.0
     decay: Fraction = 1.0
     samples: Count = 200
 
 
-@dataclass(frozen=True)
-class EwcState:
-    """What EWC carries from task to task, by parameter name; empty before the end of the first task."""
-
-    # The diagonal of the Fisher information, summed over tasks (with `decay`).
-    fisher: Mapping[str, AxisTensor] = field(default_factory=dict)
-    anchor: Mapping[str, AxisTensor] = field(default_factory=dict)  # the parameters at the end of the last task
-
-
-def build(settings: Settings) -> Learner[EwcState]:
+def build(settings: Settings) -> Learner[ProtectionState]:
     """Return the learner that trains with elastic weight consolidation."""
-
-    def compute_loss(state: EwcState, context: Context, step: Step) -> Loss:
-        return quadratic_loss(context, step, settings.strength / 2, state.fisher, state.anchor)
-
-    def consolidate(state: EwcState, context: Context, boundary: Boundary) -> EwcState:
-        set_train_mode(state, context, boundary)
-        if boundary.event != Event.TASK_END:
-            return state
-        measured = _measure_fisher(context, settings.samples)
-        before = {name: state.fisher.get(name, make_tensor(context, name)).values for name in measured}
-        fisher = {name: make_tensor(context, name, settings.decay * before[name] + measured[name]) for name in before}
-        return EwcState(fisher, copy_parameters(context))
-
-    return Learner(EwcState(), loss=compute_loss, boundary=consolidate, classes_only=True)
+    return build_learner(Protection(lambda lr: {"pull": lr * settings.strength}, partial(_add_fisher, settings)))
 
 
-def _measure_fisher(context: Context, samples: int) -> dict[str, Tensor]:
-    """Return parameter name → diagonal of the current task's Fisher information, estimated in eval mode.
+def _add_fisher(settings: Settings, factors: Factors, context: Context) -> dict[str, AxisTensor]:
+    """Return the diagonals of the Fisher information with that of the present task, per label, in eval mode.
 
-    ``samples``: the largest number of examples that are drawn. Gradients are cleared; the network's mode is restored.
+    Gradients are cleared; the network's mode is restored.
     """
     was_training, parameters = context.model.training, context.parameters()
     fisher = {name: torch.zeros_like(p) for name, p in parameters.items()}
-    order = torch.randperm(len(context.task.train), generator=context.generator(Stream.FISHER_EXAMPLES))[:samples]
+    order = torch.randperm(len(context.task.train), generator=context.generator(Stream.FISHER_EXAMPLES))
     generator = context.generator(Stream.FISHER_LABELS)
     context.model.eval()
-    for i in order.tolist():
+    chosen = order[: settings.samples].tolist()
+    for i in chosen:
         context.model.zero_grad(set_to_none=True)
         logits = context.logits(context.task.train.take(torch.tensor([i])).inputs)
         sample_log_likelihood(logits, generator).backward()
         for name, parameter in parameters.items():
             if parameter.grad is not None:
-                fisher[name] += parameter.grad.square() / len(order)
+                fisher[name] += parameter.grad.square() / (len(chosen) * logits[..., 0].numel())
     context.model.zero_grad(set_to_none=True)
     context.model.train(was_training)
-    return fisher
+    result = {}
+    for name, value in fisher.items():
+        before = factors.get(f"{name} diagonal")
+        total = value if before is None else settings.decay * before.values + value
+        result[f"{name} diagonal"] = make_tensor(context, name, total)
+    return result

@@ -7,8 +7,10 @@ divided by its mean diagonal, and hidden layers are damped by d. Parameters with
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated
 
+from regrow.protection.factors import add_factors
 from regrow.protection.growth import Growth
 from regrow.protection.learner import Protection, ProtectionState, build_learner
 from regrow.settings.constraints import CheckedSettings, Count, Fraction, NonNegative, OneOf, Range
@@ -57,4 +59,4 @@ def build(settings: Settings) -> Learner[ProtectionState]:
 
     s = settings
     growth = Growth(s.grow, s.width, s.multiple, s.cap, s.directions, PROJECTION, s.seed)
-    return build_learner(Protection(shrink, s.damping, s.samples, s.every, growth))
+    return build_learner(Protection(shrink, partial(add_factors, samples=s.samples), s.damping, s.every, growth))
