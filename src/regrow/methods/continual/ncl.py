@@ -40,7 +40,7 @@ class Settings(CheckedSettings):
         seed: Seed of the new units' weights.
     """
 
-    strength: NonNegative = 15.0
+    strength: NonNegative = 5.0
     pull: NonNegative = 0.1
     damping: NonNegative = 0.1
     samples: Count = 2000
