@@ -91,7 +91,7 @@ def test_a_network_that_grows_is_the_result():
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ({"method": "ewc", "loss": nn.MSELoss()}, "needs class probabilities"),
+        ({"method": "ewc", "loss": nn.MSELoss()}, "needs probabilities of classes or tokens"),
         ({"method": "nothing"}, "there is no method 'nothing'"),
     ],
 )

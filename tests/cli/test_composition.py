@@ -10,6 +10,7 @@ from cli.conftest import Run, RunOnce
 from regrow.nets import load as load_by_name
 from regrow.store import load
 from regrow.store.ledger import Ledger, replay
+from regrow.store.run_folder import RunFolder
 from regrow.tracing import trace
 
 CODE = ("--code", "toys:classifier")
@@ -118,6 +119,21 @@ def test_a_language_model_learns_text(regrow: Run, tiny_language_model: Path) ->
     assert code == 0, err
     code, _, err = regrow("undo", "pruned")
     assert code == 0 and Path("pruned/course.safetensors").read_bytes() == Path("run/course.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("method", ["ewc", "laplace", "gpm", "lwf", "replay", "sparsegrow"])
+def test_methods_that_need_probabilities_learn_text(regrow: Run, tiny_language_model: Path, method: str) -> None:
+    """At a high rate they forget less of the first text than plain training, in which a token takes its own loss."""
+    words = ("--epochs", "4", "--train", "16", "--test", "4", "--seq-len", "16", "--batch-size", "4", "--lr", "0.1")
+    lost = {}
+    for name in ("naive", method):
+        given = ("--set", "samples=16") if name in ("ewc", "laplace", "gpm", "sparsegrow") else ()
+        command = ("learn", "news", "code", "--model", str(tiny_language_model), "--method", name, *words, *given)
+        code, _, err = regrow(*command, "--out", name)
+        assert code == 0, err
+        matrix = next(row for row in RunFolder(Path(name)).metrics() if row["what"] == "matrix")["matrix"]
+        lost[name] = matrix[0][0] - matrix[1][0]
+    assert lost[method] <= lost["naive"]
 
 
 def test_a_run_is_searched_from_its_weights(chain: Run) -> None:

@@ -114,7 +114,7 @@ def learn(
         settings: Settings of the method that differ from its defaults.
         scenario: Predictions are made among all classes (``"domain"``), those seen so far (``"class"``), or those of
             the task (``"task"``).
-        loss: The loss, as for :func:`regrow.prune`. Methods that need class probabilities refuse other losses.
+        loss: The loss, as for :func:`regrow.prune`. Methods that need probabilities of classes or tokens refuse others.
         epochs: Passes over each task.
         batch_size: Examples per step.
         optimizer: ``"sgd"`` (momentum 0.9, Nesterov), ``"adamw"``, or a function (parameter groups) → optimizer, such

@@ -62,7 +62,7 @@ def learn(
     """
     if learner.classes_only and schedule.objective not in (CLASSIFICATION, NEXT_TOKEN):
         raise ValueError(
-            f"this method needs class probabilities, and the objective is {schedule.objective.name}; "
+            f"this method needs probabilities of classes or tokens, and the objective is {schedule.objective.name}; "
             "take naive, si, packnet or wsn"
         )
     options, state = options or FitOptions(), state or TrainState(learner.state)
