@@ -99,7 +99,7 @@ def test_the_learning_commands_of_the_front_page_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     lines = re.findall(r"^regrow (learn .*?)(?: *#.*)?$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
-    for line in [*lines, "report grown ewc"]:
+    for line in [*lines, "report grown laplace"]:
         assert run_command(line.split()) == 0, line
     assert "8 tasks" in capsys.readouterr().out and len(lines) == 3
 

@@ -3,22 +3,22 @@
 Zhao, Saxena, Cao, Liu, Song: SparseGrow (arXiv 2408.10566). **Reconstructed**: the paper's body was not available. Its
 abstracts name the parts (data-driven sparse layer expansion late in a task, initialised on data; sparse training by
 learned thresholds; freezing by gradient gating); their form follows the public code of its predecessor AdaptCL
-(arXiv 2207.11005) and of Dynamic Sparse Training. What neither settles is a setting, and its default is ours. The
-strongest baseline is Kronecker-factored Laplace (Ritter et al., NeurIPS 2018): see docs/reproductions/sparsegrow.md.
+(arXiv 2207.11005) and of Dynamic Sparse Training. What neither settles is a setting, and its default is ours.
 
 A task, for weights W with thresholds t and the entries M that earlier tasks own:
 
 1. train on  loss + α Σ exp(−t), with W ∘ [|W| ≥ t or M] in the place of W; the gate preconditions every step;
 2. when the last ``late_phase`` of its epochs begin, widen every hidden axis that is short of free capacity by
-   ``width`` of its initial size: new units read a fraction ``density`` of their inputs, are projected (among these)
-   away from the inputs that earlier tasks fed their layer, and are scaled to the spread of the old outputs on the
-   present data; their outgoing weights are 0 at first; their penalty is ``new_unit_penalty`` times as strong;
+   ``width`` of its initial size: new units read a fraction ``density`` of their inputs, point (among these) to what is
+   new and away from the inputs that earlier tasks fed their layer, and are scaled to the spread of the old outputs on
+   the present data; their outgoing weights are 0 at first; their penalty is ``new_unit_penalty`` times as strong;
 3. at its end set entries below their threshold to 0, own the remaining ones, and reset t to 0.
 
 The default gate ``kronecker`` multiplies a layer's step Δ by  (1 + s A ⊗ (B + d))⁻¹,  with A the second moments of its
-inputs in earlier tasks and B those of the gradients of its outputs (:class:`~.gate.Gate`); the damping d is ours. No
+inputs in earlier tasks and B those of the gradients of its outputs, and pulls the layer back to its parameters at the
+end of the last task by a proximal step in the same directions (:mod:`regrow.protection`); the damping d is ours. No
 examples are stored, directions that earlier tasks did not use stay free, and widening adds such directions. The gate
-``hard`` restores protected entries after each step. Parameters that no gate covers, such as those of norms, are frozen.
+``hard`` restores protected entries after each step.
 """
 
 from collections.abc import Iterator
@@ -75,19 +75,17 @@ class Settings(CheckedSettings):
         multiple: Numbers of new units are multiples of this.
         cap: The largest allowed size of the network, as a multiple of its initial parameters, at least 1.
         density: The fraction of their inputs that new units read at first.
-        fit: Whether new units are scaled to the output spread of the old ones, on data.
+        fit: Whether new units are scaled to the spread of the old ones, on data.
         threshold: ``dst``: one per unit, trained by the loss; ``adaptcl``: one per layer, trained by the penalty alone;
             ``none``: no weight is masked.
         alpha: α, the strength of the penalty Σ exp(−t), which raises thresholds.
         new_unit_penalty: The factor on the penalty for new units, where they have thresholds of their own (``dst``).
-        gate: How earlier tasks are protected: ``kronecker``: layers move little in directions that earlier tasks used;
-            ``hard``: owned entries are frozen; ``none``.
+        gate: ``kronecker``: layers move little in directions that earlier tasks used; ``hard``: owned entries are frozen.
         strength: The strength of the gate ``kronecker``.
         pull: Under that gate, the strength of a penalty in the same directions, around the parameters of earlier tasks.
         damping: Under that gate, the importance of a hidden unit that earlier tasks did not use, as a fraction of the
             mean: trained freely, it could become active on their inputs.
-        group_norm_damping: Behind a norm that rescales each group of units (GroupNorm), new units are active on earlier
-            inputs; the gate assumes this fraction of the mean second moment for them.
+        group_norm_damping: The fraction of the mean second moment assumed for new units behind a norm such as GroupNorm.
         samples: The number of examples of each task on which the gate is estimated.
         every: The gate is applied to the joint change of this many steps, which costs a fraction of its time.
         directions: Under that gate, where new units point: ``data``: to differences of inputs of the present task, away
@@ -148,11 +146,12 @@ def _react(s: Settings, state: SparseGrowState, context: Context, boundary: Boun
     match boundary.event:
         case Event.TASK_START:
             return _prepare_guards(s, state if context.number else _start(s, state, context), context)
-        case Event.PLAN_APPLIED if boundary.plan and boundary.plan.origin.get("method") == "sparsegrow":
-            _initialise_new_units(s, state, context, boundary.plan)
-            return _prepare_guards(s, _follow_growth(s, state, context, boundary), context)
-        case Event.PLAN_APPLIED:  # a plan from elsewhere
-            return _prepare_guards(s, _follow_growth(s, state, context, boundary), context)
+        case Event.PLAN_APPLIED if boundary.plan:
+            if boundary.plan.origin.get("method") == "sparsegrow":
+                _initialise_new_units(s, state, context, boundary.plan)
+            weigh_new_units(state.factors, context, share=s.group_norm_damping)
+            anchor = extend_anchor(state.anchor, context, boundary)
+            return _prepare_guards(s, replace(state, anchor=anchor), context)
         case Event.RESUME:
             return _prepare_guards(s, state, context)
         case Event.EPOCH_END:
@@ -285,12 +284,6 @@ def _initialise_new_units(s: Settings, state: SparseGrowState, context: Context,
     if s.fit:
         with _mask_temporarily(state, context):
             fit_to_task(context, plan)
-
-
-def _follow_growth(s: Settings, state: SparseGrowState, context: Context, boundary: Boundary) -> SparseGrowState:
-    """Return the state with factors and anchor of new units; the factors change in place."""
-    weigh_new_units(state.factors, context, share=s.group_norm_damping)
-    return replace(state, anchor=extend_anchor(state.anchor, context, boundary))
 
 
 def _end_task(s: Settings, state: SparseGrowState, context: Context) -> SparseGrowState:
