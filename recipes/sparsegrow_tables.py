@@ -132,8 +132,10 @@ FROZEN, LWF = Arm("frozen after task 1", "naive", {"keep": "network"}), Arm("LwF
 LAPLACE = Arm("Laplace", "laplace", {"strength": 0.5}, lr=RATE)
 EWC, SI = Arm("EWC", "ewc", {"strength": 100.0}), Arm("SI", "si", {"strength": 0.3})
 DER = Arm("DER++, 500 examples kept", "replay", {"memory": 500, "logit_weight": 0.5})
+GATED = replace(LAPLACE, name="Laplace, gate 2", settings={**LAPLACE.settings, "gate": 2.0})
 PEERS = (
     LAPLACE,
+    GATED,
     Arm("NCL", "ncl", lr=RATE),
     Arm("GPM", "gpm", lr=RATE),
     EWC,

@@ -26,6 +26,7 @@ class Settings(CheckedSettings):
 
     Args:
         strength: s, the strength of the penalty.
+        gate: Also divide the last k steps by 1 + gate · A ⊗ (B + d), as ``ncl`` does; 0: do not.
         damping: d, the importance of a hidden unit that earlier tasks did not use, as a fraction of the mean.
         samples: The number of examples of each task on which its factors are measured.
         every: k, the number of steps between two proximal steps.
@@ -40,6 +41,7 @@ class Settings(CheckedSettings):
     """
 
     strength: NonNegative = 2.0
+    gate: NonNegative = 0.0
     damping: NonNegative = 0.1
     samples: Count = 2000
     every: Count = 4
@@ -55,7 +57,7 @@ def build(settings: Settings) -> Learner[ProtectionState]:
     """Return the learner that trains with Kronecker-factored Laplace."""
 
     def shrink(lr: float) -> dict[str, float]:
-        return {"pull": lr * settings.every * settings.strength}
+        return {"pull": lr * settings.every * settings.strength, "gate": settings.gate}
 
     s = settings
     growth = Growth(s.grow, s.width, s.multiple, s.cap, s.directions, PROJECTION, s.seed)

@@ -80,14 +80,13 @@ class Settings(CheckedSettings):
             ``none``: no weight is masked.
         alpha: α, the strength of the penalty Σ exp(−t), which raises thresholds.
         new_unit_penalty: The factor on the penalty for new units, where they have thresholds of their own (``dst``).
-        gate: ``kronecker``: layers move little in directions that earlier tasks used; ``hard``: owned entries are frozen.
+        gate: ``kronecker``: layers move little where earlier tasks used them; ``hard``: owned entries are frozen.
         strength: The strength of the gate ``kronecker``.
         pull: Under that gate, the strength of a penalty in the same directions, around the parameters of earlier tasks.
-        damping: Under that gate, the importance of a hidden unit that earlier tasks did not use, as a fraction of the
-            mean: trained freely, it could become active on their inputs.
-        group_norm_damping: The fraction of the mean second moment assumed for new units behind a norm such as GroupNorm.
+        damping: Under that gate, the importance of a hidden unit that earlier tasks did not use, as a part of the mean.
+        group_norm_damping: The part of the mean second moment that new units get behind a norm such as GroupNorm.
         samples: The number of examples of each task on which the gate is estimated.
-        every: The gate is applied to the joint change of this many steps, which costs a fraction of its time.
+        every: The gate is applied to the joint change of this many steps.
         directions: Under that gate, where new units point: ``data``: to differences of inputs of the present task, away
             from those of earlier tasks; ``projected``: at random, away from those; ``random``.
         memory: The number of examples of earlier tasks that are stored and replayed; the paper's abstracts name none.
