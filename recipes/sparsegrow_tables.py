@@ -213,9 +213,9 @@ CONVS = (
 def growing(start: int, final: int) -> tuple[Arm, ...]:
     """Laplace that grows from a small network, beside fixed ones of its first, average and final size, at one rate."""
     share = (final - start) / 9 / start
-    small = {**LAPLACE.settings, "grow": "start", "width": share, "cap": 99.0}
+    small = {**GATED.settings, "grow": "start", "width": share, "cap": 99.0}
     grown = Arm(f"grown from {start}", "laplace", small, lr=RATE, width=start)
-    fixed = replace(grown, settings=LAPLACE.settings, like=grown.name)
+    fixed = replace(grown, settings=GATED.settings, like=grown.name)
     return (
         grown,
         replace(grown, name=f"grown from {start}, at random", settings={**small, "directions": "random"}),
@@ -230,7 +230,7 @@ def growing(start: int, final: int) -> tuple[Arm, ...]:
 EPOCHS = tuple(
     replace(arm, name=f"{arm.name}, {epochs} epochs", epochs=epochs)
     for epochs in (5, 20, 80)
-    for arm in (OWN, CONTROLS[0], LAPLACE, ABLATIONS[0])
+    for arm in (OWN, CONTROLS[0], LAPLACE, GATED)
 )
 LIKE_GPM: dict[str, Any] = {"epochs": 5, "batch": 10, "lr": 0.01}
 GROWTH = (*growing(20, 74), *growing(40, 76))
