@@ -130,7 +130,7 @@ HARD = {"grow": "never", "gate": "hard", "threshold": "adaptcl"}
 NAIVE, JOINT = Arm("naive", "naive", lr=0.01), Arm("joint: all examples kept", "naive", {"keep": "data"}, lr=RATE)
 FROZEN, LWF = Arm("frozen after task 1", "naive", {"keep": "network"}), Arm("LwF", "lwf")
 LAPLACE = Arm("Laplace", "laplace", {"strength": 0.5}, lr=RATE)
-EWC, SI = Arm("EWC", "ewc", {"strength": 100.0}), Arm("SI", "si", {"strength": 0.3})
+EWC, SI = Arm("EWC", "ewc", {"strength": 100.0}, lr=0.02), Arm("SI", "si", {"strength": 1.0})
 DER = Arm("DER++, 500 examples kept", "replay", {"memory": 500, "logit_weight": 0.5})
 GATED = replace(LAPLACE, name="Laplace, gate 2", settings={**LAPLACE.settings, "gate": 2.0})
 PEERS = (
@@ -150,6 +150,7 @@ CONTROLS = (
     grow("SparseGrow, never grown, final size", OWN.name, lr=RATE, grow="never"),
     replace(LAPLACE, name="Laplace, average size", like=OWN.name, size="average"),
     replace(LAPLACE, name="Laplace, final size", like=OWN.name),
+    replace(GATED, name="Laplace, gate 2, boundaries found", settings={**GATED.settings, "boundaries": "found"}),
     replace(LAPLACE, name="Laplace, grown", settings={**LAPLACE.settings, "grow": "start"}),
     replace(DER, name="DER++, as many bytes", settings={**DER.settings, "memory": 1100}),
 )

@@ -50,6 +50,7 @@ CASES = (
     Case(MethodKind.CONTINUAL, "si"),
     Case(MethodKind.CONTINUAL, "laplace"),
     Case(MethodKind.CONTINUAL, "laplace", {"grow": "start", "directions": "projected"}),
+    Case(MethodKind.CONTINUAL, "laplace", {"boundaries": "found", "gate": 2.0}),
     Case(MethodKind.CONTINUAL, "ncl", {"grow": "late"}),
     Case(MethodKind.CONTINUAL, "gpm"),
     Case(MethodKind.CONTINUAL, "lwf"),

@@ -3,8 +3,11 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
+import torch
+
 from regrow.core.axes.axis import AxisTensor
 from regrow.core.plan import Plan
+from regrow.protection.drift import LossWatch, with_recent_examples
 from regrow.protection.factors import Factors
 from regrow.protection.growth import (
     NO_GROWTH,
@@ -16,7 +19,7 @@ from regrow.protection.growth import (
     weigh_new_units,
 )
 from regrow.protection.guards import Guards, apply_guards, build_guards, settle_guards
-from regrow.training.hooks import copy_parameters
+from regrow.training.hooks import add_to_replay_memory, copy_parameters, name_inputs
 from regrow.training.learner import Boundary, Context, Event, Learner, Step, set_train_mode
 from regrow.training.state import derived
 
@@ -31,6 +34,8 @@ class Protection:
         damping: As of :func:`regrow.protection.guards.build_guards`.
         every: Guards are applied to the joint change of this many steps.
         growth: When the network is widened, and how.
+        recent: 0: the boundaries of tasks are known. Otherwise they are found where the loss jumps, and factors are
+            measured on so many examples that are kept since the last one.
     """
 
     shrink: Callable[[float], Mapping[str, float]]
@@ -38,6 +43,7 @@ class Protection:
     damping: float = 0.0
     every: int = 1
     growth: Growth = NO_GROWTH
+    recent: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,12 @@ class ProtectionState:
     base: dict[str, int] = field(default_factory=dict)  # the initial size of every axis
     steps: int = 0  # of training, so far
     lr: float = 0.0  # of the last step
+    tasks: int = 0  # whose factors are added
+    # Where boundaries are found: the loss, examples and parameters from before it jumped, and how many were offered
+    watch: LossWatch = field(default_factory=LossWatch)
+    rows: Mapping[str, AxisTensor] = field(default_factory=dict)
+    calm: Mapping[str, AxisTensor] = field(default_factory=dict)
+    seen: int = 0
     guards: Guards = derived(dict)
 
 
@@ -59,16 +71,38 @@ def build_learner(protection: Protection) -> Learner[ProtectionState]:
         apply_guards(state.guards, context.model, **protection.shrink(state.lr))
 
     def guard(state: ProtectionState, context: Context) -> ProtectionState:
-        guards = build_guards(state.factors, context, state.anchor, protection.damping) if context.number else {}
+        context = replace(context, number=state.tasks)
+        guards = build_guards(state.factors, context, state.anchor, protection.damping) if state.tasks else {}
         return replace(state, guards=guards)
 
+    def consolidate(state: ProtectionState, context: Context, anchor: Mapping[str, AxisTensor]) -> ProtectionState:
+        factors = protection.add_factors(state.factors, context)
+        return replace(state, factors=factors, anchor=anchor, tasks=state.tasks + 1, guards={})
+
+    def look(state: ProtectionState, context: Context, step: Step) -> ProtectionState:
+        watch = state.watch.see(float(context.objective.loss(step.aux, step.batch.labels).detach()))
+        if watch.found:
+            with torch.no_grad():  # the steps since then were not guarded
+                for name, tensor in state.calm.items():
+                    context.model.get_parameter(name).copy_(tensor.values)
+            state = consolidate(state, with_recent_examples(context, state.rows, state.seen), state.calm)
+            return guard(replace(state, watch=LossWatch(), rows={}, seen=0), context)
+        if watch.jumps:
+            return replace(state, watch=watch)
+        rows = {**name_inputs(step.batch.inputs), "labels": step.batch.labels}
+        rows = add_to_replay_memory(state.rows, state.seen, context, protection.recent, rows)
+        calm = state.calm if state.steps % (2 * protection.every) else copy_parameters(context)  # just guarded
+        return replace(state, watch=watch, rows=rows, calm=calm, seen=state.seen + len(step.batch))
+
     def widen(state: ProtectionState, context: Context, boundary: Boundary, plan: Plan) -> ProtectionState:
+        counted = replace(context, number=state.tasks)
         if plan.origin == ORIGIN:
             guards = guard(replace(state, anchor=copy_parameters(context)), context).guards
-            direct_new_units(guards, context, plan, protection.growth.directions, protection.growth.strength)
+            direct_new_units(guards, counted, plan, protection.growth.directions, protection.growth.strength)
             fit_to_task(context, plan)
-        weigh_new_units(state.factors, context, surrogate=True)
-        return guard(replace(state, anchor=extend_anchor(state.anchor, context, boundary)), context)
+        weigh_new_units(state.factors, counted, surrogate=True)
+        state = replace(state, anchor=extend_anchor(state.anchor, context, boundary))
+        return guard(replace(state, calm=extend_anchor(state.calm, context, boundary)), context)
 
     def plan(state: ProtectionState, context: Context) -> tuple[Plan | None, ProtectionState]:
         return protection.growth.plan(context, state.base), state
@@ -77,7 +111,7 @@ def build_learner(protection: Protection) -> Learner[ProtectionState]:
         state = replace(state, steps=state.steps + 1, lr=step.lr)
         if state.guards and state.steps % protection.every == 0:
             apply(state, context)
-        return state
+        return look(state, context, step) if protection.recent else state
 
     def boundary(state: ProtectionState, context: Context, boundary: Boundary) -> ProtectionState:
         set_train_mode(state, context, boundary)
@@ -86,14 +120,13 @@ def build_learner(protection: Protection) -> Learner[ProtectionState]:
                 return replace(state, base=context.axes.sizes())
             case Event.PLAN_APPLIED if boundary.plan and state.factors:
                 return widen(state, context, boundary, boundary.plan)
-            case Event.TASK_START | Event.RESUME if context.number:
+            case Event.TASK_START | Event.RESUME:
                 return guard(state, context)
             case Event.EPOCH_END:
                 apply(state, context)
                 settle_guards(state.guards, context.model)
-            case Event.TASK_END:
-                factors = protection.add_factors(state.factors, context)
-                return replace(state, factors=factors, anchor=copy_parameters(context), guards={})
+            case Event.TASK_END if not protection.recent:
+                return consolidate(state, context, copy_parameters(context))
         return state
 
     return Learner(ProtectionState(), after_step=after_step, plan=plan, boundary=boundary, classes_only=True)

@@ -30,6 +30,8 @@ class Settings(CheckedSettings):
         damping: d, the importance of a hidden unit that earlier tasks did not use, as a fraction of the mean.
         samples: The number of examples of each task on which its factors are measured.
         every: k, the number of steps between two proximal steps.
+        boundaries: ``told``: factors are measured when a task ends; ``found``: where the loss jumps, on examples
+            that are kept since the last jump.
         grow: When hidden layers are widened: ``never``; ``start``: as a task begins, after the first; ``late``: for the
             last 30 % of its epochs.
         width: The number of new units of a layer, as a fraction of its initial size.
@@ -45,6 +47,7 @@ class Settings(CheckedSettings):
     damping: NonNegative = 0.1
     samples: Count = 2000
     every: Count = 4
+    boundaries: Annotated[str, OneOf("told", "found")] = "told"
     grow: Annotated[str, OneOf("never", "start", "late")] = "never"
     width: Fraction = 0.125
     multiple: Count = 1
@@ -61,4 +64,9 @@ def build(settings: Settings) -> Learner[ProtectionState]:
 
     s = settings
     growth = Growth(s.grow, s.width, s.multiple, s.cap, s.directions, PROJECTION, s.seed)
-    return build_learner(Protection(shrink, partial(add_factors, samples=s.samples), s.damping, s.every, growth))
+    if s.boundaries == "found" and s.grow != "never":
+        raise ValueError(f"grow={s.grow} needs boundaries that are told, got boundaries=found; leave one of them out")
+    recent = s.samples if s.boundaries == "found" else 0
+    return build_learner(
+        Protection(shrink, partial(add_factors, samples=s.samples), s.damping, s.every, growth, recent)
+    )
