@@ -96,7 +96,7 @@ sys.exit(run_command(sys.argv[1:]))
 """
 SHARED_ROWS = 1e-4
 """The tolerance, relative and absolute, for weights and measurements of two processes that learn or search."""
-TIMES = frozenset(("seconds", "ms", "memory"))
+TIMES = frozenset(("seconds", "ms", "memory", "whole", "found"))
 READ = frozenset(("sources", "on", "tokens", "eval_tokens", "seq_len", "tasks", "data", "train", "test"))
 """Settings that say which data a command reads, which Python is given."""
 

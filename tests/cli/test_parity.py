@@ -29,7 +29,7 @@ from regrow.settings.prune import Settings as PruneSettings
 from regrow.settings.search import Settings as SearchSettings
 from regrow.store.run_folder import RunFolder
 
-TIMES = frozenset(("seconds", "ms"))
+TIMES = frozenset(("seconds", "ms", "whole", "found"))
 DIGITS = SourceSpecs(128, 256, ("digits",), (), 256)
 AMOUNTS = ({"channels": "+25%"}, {"mlp": "+4"}, {"blocks": "+2"}, {"blocks": "+1", "mlp": "+3"})
 SIZES: Mapping[str, int] = {"tokens": 256, "eval_tokens": 128}

@@ -310,7 +310,7 @@ def open_named(settings: Settings, invocation: Invocation, run: ActiveRun) -> Pr
         settings = choose_defaults(settings, "text, in parts")
     elif run.ranks.several and settings.reconstruct is None:
         settings = replace(settings, reconstruct=False, precision=settings.precision or "float32")
-    if run.ranks.several and settings.distil is None and settings.time == "minutes":
+    if run.ranks.several and not settings.method and settings.distil is None and settings.time == "minutes":
         settings = replace(settings, distil=0)
     if (option := explain_training(settings)) and (invocation.memory or run.ranks.several):
         raise InputError(
