@@ -114,7 +114,7 @@ GATES = ((15.0, 0.0), (15.0, 0.5), (2.0, 0.5), (2.0, 2.0))
 GRID = (
     *grid("naive", "naive", {}),
     *grid("naive", "joint", {"keep": "data"}),
-    *grid("laplace", "Laplace {strength:g}", *({"strength": s} for s in (0.5, 2.0, 8.0))),
+    *grid("laplace", "Laplace {strength:g}", *({"strength": s, "gate": 0.0} for s in (0.5, 2.0, 8.0))),
     *grid("ncl", "NCL {strength:g}, {pull:g}", *({"strength": s, "pull": 0.1} for s in (1.0, 5.0, 25.0))),
     *grid("gpm", "GPM {energy:g}", *({"energy": e, "first_energy": f} for e, f in ENERGIES)),
     *grid("ewc", "EWC {strength:g}", *({"strength": s} for s in (10.0, 100.0, 1000.0))),
@@ -129,7 +129,7 @@ OWN = grow("SparseGrow", lr=RATE)
 HARD = {"grow": "never", "gate": "hard", "threshold": "adaptcl"}
 NAIVE, JOINT = Arm("naive", "naive", lr=0.01), Arm("joint: all examples kept", "naive", {"keep": "data"}, lr=RATE)
 FROZEN, LWF = Arm("frozen after task 1", "naive", {"keep": "network"}), Arm("LwF", "lwf")
-LAPLACE = Arm("Laplace", "laplace", {"strength": 0.5}, lr=RATE)
+LAPLACE = Arm("Laplace", "laplace", {"strength": 0.5, "gate": 0.0}, lr=RATE)
 EWC, SI = Arm("EWC", "ewc", {"strength": 100.0}, lr=0.02), Arm("SI", "si", {"strength": 1.0})
 DER = Arm("DER++, 500 examples kept", "replay", {"memory": 500, "logit_weight": 0.5})
 GATED = replace(LAPLACE, name="Laplace, gate 2", settings={**LAPLACE.settings, "gate": 2.0})

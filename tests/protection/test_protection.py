@@ -98,13 +98,12 @@ def test_the_factors_of_one_layer_are_its_fisher_information() -> None:
     torch.testing.assert_close(found / found.trace(), fisher / fisher.trace(), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["laplace", "ncl"])
+@pytest.mark.parametrize(("method", "off"), [("laplace", {"gate": 0.0}), ("ncl", {"pull": 0.0}), ("ewc", {})])
 @pytest.mark.parametrize("spec", ["mlp:24-16", "resnet-gn:8-2"])
-def test_without_strength_it_is_plain_training_and_with_much_nothing_moves(method: str, spec: str) -> None:
-    plain, free = (
-        learned("naive", spec),
-        learned(method, spec, strength=0.0, **({"pull": 0.0} if method == "ncl" else {})),
-    )
+def test_without_strength_it_is_plain_training_and_with_much_nothing_moves(
+    method: str, off: dict[str, float], spec: str
+) -> None:
+    plain, free = learned("naive", spec), learned(method, spec, strength=0.0, **off)
     for one, other in zip(plain.model.parameters(), free.model.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
     held, first = learned(method, spec, strength=1e9), learned("naive", spec, TASKS[:1])
@@ -176,16 +175,16 @@ def test_surrogate_inputs_have_the_moments_of_earlier_tasks() -> None:
 
 
 def test_boundaries_are_found_where_tasks_change() -> None:
-    """Each of three tasks is learned for hundreds of steps: as many boundaries, and as little is lost."""
+    """Each of three tasks is learned for hundreds of steps: as many boundaries, and no more is lost."""
     tasks, lost = permuted_tasks(load_digits(), 3), {}
     for boundaries in ("told", "found"):
         model, _ = small("mlp:24-16", tasks[0].train.inputs.shape[1:], 10)
-        learner = LEARNERS["laplace"].create("laplace", {"boundaries": boundaries, "gate": 2.0})
+        learner = LEARNERS["laplace"].create("laplace", {"boundaries": boundaries})
         axes = trace(model, tasks[0].train.inputs[:2])
         state = learn(model, axes, tasks, learner, replace(SCHEDULE, epochs=8, batch_size=32)).state
         lost[boundaries] = state.rows[0][0] - state.rows[2][0]
         assert state.learner.tasks == (3 if boundaries == "told" else 2)
-    assert abs(lost["told"] - lost["found"]) < 0.05
+    assert lost["found"] <= lost["told"] + 0.03
 
 
 def test_strengths_are_relative_to_the_rate() -> None:

@@ -82,7 +82,8 @@ def build_learner(protection: Protection) -> Learner[ProtectionState]:
     def look(state: ProtectionState, context: Context, step: Step) -> ProtectionState:
         watch = state.watch.see(float(context.objective.loss(step.aux, step.batch.labels).detach()))
         if watch.found:
-            with torch.no_grad():  # the steps since then were not guarded
+            context.clear_moments()  # the steps since the jump were not guarded
+            with torch.no_grad():
                 for name, tensor in state.calm.items():
                     context.model.get_parameter(name).copy_(tensor.values)
             state = consolidate(state, with_recent_examples(context, state.rows, state.seen), state.calm)

@@ -152,6 +152,7 @@ class _TaskTraining(Generic[S]):
 
     def __post_init__(self) -> None:
         self.phase, self.optimizers = self.phases[self.state.number], Optimizers(self.schedule, self.learner)
+        self.context = replace(self.context, clear_moments=self.optimizers.network.state.clear)
 
     def run(self) -> None:
         """Train on the remaining epochs of the task; set ``state`` and ``context`` to those after it."""

@@ -80,6 +80,7 @@ class Context:
         log: Records a row of measurements: ``log(kind, column=value, …)``.
         objective: What the network is trained for.
         make_optimizer: Makes an optimizer of parameter groups like the one that trains; ``None`` outside training.
+        clear_moments: Forgets the moments of the network's optimizer, as at the start of a task.
     """
 
     model: nn.Module
@@ -98,6 +99,7 @@ class Context:
     log: Log = discard
     objective: Objective = CLASSIFICATION
     make_optimizer: Callable[[Any], torch.optim.Optimizer] | None = None
+    clear_moments: Callable[[], None] = lambda: None
 
     @property
     def training(self) -> bool:

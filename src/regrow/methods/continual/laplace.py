@@ -4,6 +4,8 @@ Ritter, Botev, Barber, NeurIPS 2018 (arXiv 1805.07810):  loss + s/2 Σ Δᵀ (A 
 of weight and bias since the last task, and the factors A, B summed over tasks. Unlike there, the penalty is taken by a
 proximal step every few steps, Δ ← (1 + η k s A ⊗ (B + d))⁻¹ Δ, which is stable at every strength s and rate η; B is
 divided by its mean diagonal, and hidden layers are damped by d. Parameters without factors have Fisher diagonals.
+By default the steps themselves are shrunk in these directions, too, as in natural continual learning (Kao et al.,
+NeurIPS 2021); ``gate=0`` leaves that out. Growth and boundaries that are found are ours.
 """
 
 from dataclasses import dataclass
@@ -26,7 +28,7 @@ class Settings(CheckedSettings):
 
     Args:
         strength: s, the strength of the penalty.
-        gate: Also divide the last k steps by 1 + gate · A ⊗ (B + d), as ``ncl`` does; 0: do not.
+        gate: The last k steps are also divided by 1 + gate · A ⊗ (B + d), as in ``ncl``; 0: they are not.
         damping: d, the importance of a hidden unit that earlier tasks did not use, as a fraction of the mean.
         samples: The number of examples of each task on which its factors are measured.
         every: k, the number of steps between two proximal steps.
@@ -42,8 +44,8 @@ class Settings(CheckedSettings):
         seed: Seed of the new units' weights.
     """
 
-    strength: NonNegative = 2.0
-    gate: NonNegative = 0.0
+    strength: NonNegative = 0.5
+    gate: NonNegative = 2.0
     damping: NonNegative = 0.1
     samples: Count = 2000
     every: Count = 4
