@@ -365,6 +365,30 @@ def shown(args: Namespace) -> Iterator[str]:
         yield from table(HEAD, lines(own, arms, args.against))
 
 
+def shown_grid(args: Namespace) -> Iterator[str]:
+    """The grid: final average accuracy on permuted / rotated images, a column per rate; the best mean is bold."""
+    streams, arms = TABLES["grid"]
+    found = {(row["arm"], row["stream"]): 100 * row.get("accuracy", 0.0) for row in rows(args.out)}
+    whole = [arm for arm in arms if all((arm.name, spec) in found for spec in streams)]
+    means = {arm.name: fmean(found[arm.name, spec] for spec in streams) for arm in whole}
+    best = {max((means[arm.name], arm.name) for arm in whole if family(arm) == kind)[1] for kind in map(family, whole)}
+    yield f"\n{' and '.join(streams)}, seed {args.first}\n"
+    body = []
+    for name in dict.fromkeys(arm.name.rpartition(", ")[0] for arm in whole):
+        texts = []
+        for lr in RATES:
+            pair = [found.get((f"{name}, {lr:g}", spec), 0.0) for spec in streams]
+            text = " / ".join(f"{value:.1f}" if value else "diverged" for value in pair)
+            texts.append(f"**{text}**" if f"{name}, {lr:g}" in best else text)
+        body.append([name, *texts])
+    yield from table(("", *(f"rate {lr:g}" for lr in RATES)), body)
+
+
+def family(arm: Arm) -> str:
+    """What one choice of settings and rate is made for."""
+    return "joint" if arm.settings.get("keep") else arm.method
+
+
 def lines(own: list[Row], arms: Iterable[Arm], against: str) -> Iterator[list[str]]:
     """A line per arm that has rows."""
     whole = {row["seed"]: row for row in own if row["arm"] == against and "accuracy" in row}
@@ -403,7 +427,7 @@ def main() -> None:
     args = arguments(__doc__, OUT, {"table": TABLES}, **paths, **sizes, match="", against=OWN.name)
     torch.set_num_threads(1)
     if args.show:
-        print("\n".join(shown(args)))
+        print("\n".join(shown_grid(args) if args.table == "grid" else shown(args)))
     else:
         run(args)
 
