@@ -17,7 +17,6 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -49,7 +48,7 @@ from regrow.training.state import TrainState, axis_tensors, with_axis_tensors
 
 OUT = Path(__file__).parent / "results" / "sparsegrow_twins.jsonl"
 WIDTH = 100
-STREAMS = [*product(("permuted", "rotated"), ("kronecker", "none"))]
+STREAMS, RATE = ("permuted", "rotated"), 0.05
 BRANCH = 15
 """Units of a lateral branch: as many parameters as two layers that are 16 units wider."""
 
@@ -86,16 +85,6 @@ def read_at_once(learner: Learner[SparseGrowState], settings: Settings) -> Learn
             part = entries.of(whole)
             entries.set(context.model, torch.randn(part.shape, generator=context.generator(9)) * whole.std())
         return learner.boundary(state, context, Boundary(Event.RESUME))
-
-    return after_growth(learner, react)
-
-
-def initialised_by_gate(learner: Learner[SparseGrowState], settings: Settings) -> Learner[SparseGrowState]:
-    """New units are initialised as under the Kronecker gate, also where there is none."""
-    gated = build(replace(settings, gate="kronecker"))
-
-    def react(state: SparseGrowState, context: Context, now: Boundary) -> SparseGrowState:
-        return learner.boundary(gated.boundary(state, context, now), context, Boundary(Event.RESUME))
 
     return after_growth(learner, react)
 
@@ -216,7 +205,7 @@ def deeper(identity: bool) -> Callable[[nn.Sequential], tuple[nn.Sequential, Cal
 
 WIDE: dict[str, tuple[Settings, Variant]] = {
     "not grown": (Settings(grow="never"), unchanged),
-    "layer expansion, SparseGrow": (Settings(cap=ONCE), initialised_by_gate),
+    "layer expansion, SparseGrow": (Settings(cap=ONCE), unchanged),
     "layer expansion, not silent": (Settings(directions="random", cap=ONCE), unchanged),
     "layer expansion, Net2Wider": (Settings(cap=ONCE), net2wider),
     "layer expansion, GradMax": (Settings(cap=ONCE), gradmax),
@@ -249,8 +238,7 @@ def reshaped(
     for name in context.weights:
         zeros = torch.zeros(len(context.parameters()[name]))
         tensors.setdefault(f"threshold {name}", AxisTensor(zeros, axes.shapes[name][:1], settings.lr))
-    if settings.gate == "kronecker":
-        inherit_factors(tensors, context, twin)
+    inherit_factors(tensors, context, twin)
     moments = {moved(name): one for name, one in state.moments.items()}
     return model, axes, replace(state, learner=with_axis_tensors(state.learner, tensors), moments=moments)
 
@@ -276,11 +264,11 @@ def inherit_factors(tensors: dict[str, AxisTensor], context: Context, twin: str)
     weigh_new_units(factors, context, surrogate=True)
 
 
-def twins(tasks: list[Task], at: int, seed: int, gate: str) -> list[dict[str, Any]]:
+def twins(tasks: list[Task], at: int, seed: int) -> list[dict[str, Any]]:
     """A row per twin."""
     model, _ = small(f"mlp:{WIDTH}-{WIDTH}", tasks[0].train.inputs.shape[1:], 10, seed)
     axes, settings = trace(model, tasks[0].train.inputs[:2]), Settings(grow="never", seed=seed)
-    schedule, held = TaskSchedule(seed=seed), []
+    schedule, held = TaskSchedule(seed=seed, lr=RATE), []
     late = schedule.epochs - max(1, round(settings.late_phase * schedule.epochs))
 
     class EnoughError(Exception):
@@ -299,7 +287,6 @@ def twins(tasks: list[Task], at: int, seed: int, gate: str) -> list[dict[str, An
     for twin in (*WIDE, *OTHER):
         own, axes, state = copy.deepcopy(start[0]), start[1], copy.deepcopy(start[2])
         settings, variant = WIDE.get(twin, (Settings(grow="never"), unchanged))
-        settings = replace(settings, gate=gate)
         if twin in OTHER:
             own, axes, state = reshaped(twin, own, state, settings, tasks)
         matrix = learn(own, axes, tasks, variant(build(settings), settings), schedule, state=state).state.rows
@@ -320,13 +307,13 @@ def main() -> None:
     if args.fashion is None:
         raise SystemExit("--fashion FOLDER is needed: where the four files of Fashion-MNIST are")
     for seed in range(args.seeds):
-        for kind, gate in STREAMS:
-            told = {"stream": kind, "gate": gate, "seed": seed, "at": args.at}
+        for kind in STREAMS:
+            told = {"stream": kind, "lr": RATE, "seed": seed, "at": args.at}
             if any(told.items() <= row.items() for row in there):
                 continue
             base = sample_task(load_idx(args.fashion, "fashion"), 5000, 2000, seed)
             tasks = permuted_tasks(base, 10, seed) if kind == "permuted" else rotated_tasks(base, 10)
-            for row in twins(tasks, args.at, seed, gate):
+            for row in twins(tasks, args.at, seed):
                 print(add(args.out, told | row), flush=True)
 
 
@@ -334,10 +321,10 @@ def shown(there: list[Row]) -> Iterator[str]:
     """The tables in Markdown: points of accuracy on the tasks before that the twin which did not grow has more."""
     names = ("twin", "lost on old tasks, end of the task", "lost, end of the next", "paired")
     names += ("accuracy, the task", "accuracy, the next", "parameters")
-    for kind, gate in STREAMS:
-        own = [row for row in there if (row["stream"], row["gate"]) == (kind, gate)]
+    for kind in STREAMS:
+        own = [row for row in there if row["stream"] == kind]
         rest = {row["seed"]: row for row in own if row["twin"] == "not grown"}
-        yield f"\n{kind}, {'under the gate' if gate != 'none' else 'without a gate'}, {len(rest)} seeds\n"
+        yield f"\n{kind}, {len(rest)} seeds\n"
         yield from table(names, lines(own, rest))
 
 

@@ -61,12 +61,11 @@ def test_the_page_of_run_folders_has_the_life_cycles_and_they_went_back_to_the_s
         assert all(one["ok"] for one in row["verify"].values())
 
 
-@pytest.mark.parametrize("gate", ["kronecker", "none"])
-def test_twins_part_and_learn_on(gate: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_twins_part_and_learn_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every way of growing goes through the rest of a task and the next one."""
     monkeypatch.syspath_prepend(str(RECIPES))
     recipe = importlib.import_module("sparsegrow_twins")
-    rows = recipe.twins(permuted_tasks(sample_task(load_digits(), 200, 80), 3), at=1, seed=0, gate=gate)
+    rows = recipe.twins(permuted_tasks(sample_task(load_digits(), 200, 80), 3), at=1, seed=0)
     assert [row["twin"] for row in rows] == [*recipe.WIDE, *recipe.OTHER]
     plain, *grown = (row["parameters"] for row in rows)
     assert min(grown) > plain
