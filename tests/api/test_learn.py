@@ -82,7 +82,8 @@ def test_an_optimizer_of_ones_own():
 
 def test_a_network_that_grows_is_the_result():
     model, _ = small("mlp:12", (1, 8, 8), 10, 0)
-    learned = regrow.learn(model, permuted_tasks(load_digits(), 2), settings={"grow": "always", "cap": 4.0})
+    given = {"grow": "always", "cap": 4.0}
+    learned = regrow.learn(model, permuted_tasks(load_digits(), 2), method="sparsegrow", settings=given)
     assert learned.model is model
     assert learned.plans
     assert "average" in str(learned)

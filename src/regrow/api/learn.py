@@ -85,7 +85,7 @@ def learn(
     model: ModelLike,
     tasks: Any,
     *,
-    method: str = "sparsegrow",
+    method: str = "laplace",
     settings: Mapping[str, Any] | None = None,
     scenario: Literal["domain", "class", "task"] = "domain",
     loss: LossLike = None,

@@ -40,7 +40,7 @@ class Settings:
     method: Annotated[str, Setting(
         "The continual-learning method; `regrow methods` lists all.",
         common=True, code=True, always_shown=True,
-    )] = "sparsegrow"
+    )] = "laplace"
     method_settings: shared.MethodSettings = field(default_factory=dict)
     scenario: Annotated[str, Setting(
         "Classes that a prediction chooses among: all (domain), those seen so far (class), or those of the example's "
