@@ -19,7 +19,14 @@ GROWING = {"width": 0.05, "multiple": 1, "cap": 100.0}
 
 
 def settings(tasks: int) -> Settings:
-    more: Any = {"method_settings": GROWING, "epochs": 2, "train": 64, "test": 32, "batch_size": 32}
+    more: Any = {
+        "method": "sparsegrow",
+        "method_settings": GROWING,
+        "epochs": 2,
+        "train": 64,
+        "test": 32,
+        "batch_size": 32,
+    }
     return Settings((f"permuted:digits:{tasks}",), "mlp:24-24", **more)
 
 

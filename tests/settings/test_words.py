@@ -37,8 +37,7 @@ def test_a_command_line_gives_the_settings_again(settings, tmp_path: Path, monke
 
 def test_only_what_differs_from_the_defaults_is_written() -> None:
     assert (
-        format_command_line(learn.Settings(("digits",)))
-        == "regrow learn digits --model mlp:100-100 --method laplace"
+        format_command_line(learn.Settings(("digits",))) == "regrow learn digits --model mlp:100-100 --method laplace"
     )
     assert format_command_line(prune.Settings("m", keep=0.5)) == "regrow prune m --keep 0.5"
 

@@ -53,7 +53,15 @@ def test_what_is_told_changes_no_step() -> None:
 
 def test_a_growth_is_told_once_after_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {"late_phase": 0.75}
-    settings = Settings(("permuted:digits:2",), model="mlp:16-16", epochs=4, train=200, test=80, method_settings=given)
+    settings = Settings(
+        ("permuted:digits:2",),
+        model="mlp:16-16",
+        epochs=4,
+        train=200,
+        test=80,
+        method="sparsegrow",
+        method_settings=given,
+    )
     learn_named(settings, Invocation(tmp_path / "whole"))
     write, seen = learning_run.write_checkpoint, []
 

@@ -32,7 +32,13 @@ from regrow.training.learner import Context
 from regrow.training.state import write_checkpoint
 
 SETTINGS = Settings(
-    ("permuted:digits:2",), model="mlp:16-16", epochs=4, train=300, test=100, method_settings={"grow": "always"}
+    ("permuted:digits:2",),
+    model="mlp:16-16",
+    method="sparsegrow",
+    epochs=4,
+    train=300,
+    test=100,
+    method_settings={"grow": "always"},
 )
 
 
