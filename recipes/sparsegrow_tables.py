@@ -150,7 +150,7 @@ CONTROLS = (
     grow("SparseGrow, never grown, final size", OWN.name, lr=RATE, grow="never"),
     replace(LAPLACE, name="Laplace, average size", like=OWN.name, size="average"),
     replace(LAPLACE, name="Laplace, final size", like=OWN.name),
-    replace(GATED, name="Laplace, gate 2, boundaries found", settings={**GATED.settings, "boundaries": "found"}),
+    replace(GATED, name="Laplace, gate 2, boundaries detected", settings={**GATED.settings, "boundaries": "detected"}),
     replace(LAPLACE, name="Laplace, grown", settings={**LAPLACE.settings, "grow": "start"}),
     replace(DER, name="DER++, as many bytes", settings={**DER.settings, "memory": 1100}),
 )
@@ -407,12 +407,15 @@ def lines(own: list[Row], arms: Iterable[Arm], against: str) -> Iterator[list[st
             difference(both) if arm.name != against else "",
             *(spread([row[key] for row in fine]) for key in ("forgetting", "learning")),
             f"{fmean(row['parameters'] for row in fine):,.0f}",
-            *(told(fine, key, scale) for key, scale in (("average", 1), ("remembered", 1e6), ("training_macs", 1e12))),
+            *(
+                mean_of(fine, key, scale)
+                for key, scale in (("average", 1), ("remembered", 1e6), ("training_macs", 1e12))
+            ),
             f"{fmean(row['seconds'] for row in fine):,.0f}",
         ]
 
 
-def told(fine: list[Row], key: str, scale: float) -> str:
+def mean_of(fine: list[Row], key: str, scale: float) -> str:
     """The mean of a figure that earlier rows do not have."""
     if any(key not in row for row in fine):
         return "–"

@@ -19,7 +19,9 @@ RECIPES = Path(__file__).parents[1] / "recipes"
     ("page", "words", "arm"),
     [
         ("sparsegrow", "sparsegrow_tables.py main --show", "| SparseGrow, never grown, final size |"),
-        ("sparsegrow", "sparsegrow_tables.py ablation --show", "| new units not silent |"),
+        ("sparsegrow", "sparsegrow_tables.py grid --show --first 100", "| Laplace 0.5 |"),
+        ("sparsegrow", "sparsegrow_tables.py growth --show --against grown", "| grown from 20 |"),
+        ("sparsegrow", "sparsegrow_tables.py ablation --show", "| new units dense |"),
         ("sparsegrow", "sparsegrow_tables.py shift --show", "| PackNet, task named |"),
         ("sparsegrow", "sparsegrow_twins.py --show", "| layer expansion, SparseGrow |"),
         ("mgas", "mgas_tables.py --show", "| MGAS (reconstructed) |"),

@@ -50,7 +50,7 @@ CASES = (
     Case(MethodKind.CONTINUAL, "si"),
     Case(MethodKind.CONTINUAL, "laplace", {"gate": 0.0}),
     Case(MethodKind.CONTINUAL, "laplace", {"grow": "start", "directions": "projected"}),
-    Case(MethodKind.CONTINUAL, "laplace", {"boundaries": "found"}),
+    Case(MethodKind.CONTINUAL, "laplace", {"boundaries": "detected"}),
     Case(MethodKind.CONTINUAL, "ncl", {"grow": "late"}),
     Case(MethodKind.CONTINUAL, "gpm"),
     Case(MethodKind.CONTINUAL, "lwf"),

@@ -174,17 +174,17 @@ def test_surrogate_inputs_have_the_moments_of_earlier_tasks() -> None:
     torch.testing.assert_close(rows[:, :-1], TASKS[0].train.inputs[:5].flatten(1))
 
 
-def test_boundaries_are_found_where_tasks_change() -> None:
+def test_boundaries_are_detected_where_tasks_change() -> None:
     """Each of three tasks is learned for hundreds of steps: as many boundaries, and no more is lost."""
     tasks, lost = permuted_tasks(load_digits(), 3), {}
-    for boundaries in ("told", "found"):
+    for boundaries in ("known", "detected"):
         model, _ = small("mlp:24-16", tasks[0].train.inputs.shape[1:], 10)
         learner = LEARNERS["laplace"].create("laplace", {"boundaries": boundaries})
         axes = trace(model, tasks[0].train.inputs[:2])
         state = learn(model, axes, tasks, learner, replace(SCHEDULE, epochs=8, batch_size=32)).state
         lost[boundaries] = state.rows[0][0] - state.rows[2][0]
-        assert state.learner.tasks == (3 if boundaries == "told" else 2)
-    assert lost["found"] <= lost["told"] + 0.03
+        assert state.learner.tasks == (3 if boundaries == "known" else 2)
+    assert lost["detected"] <= lost["known"] + 0.03
 
 
 def test_strengths_are_relative_to_the_rate() -> None:

@@ -1,4 +1,4 @@
-"""Boundaries between tasks that nobody names: they are found where the training loss jumps."""
+"""Detect boundaries between tasks: where the training loss jumps."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ class LossWatch:
     ...     watch = watch.see(0.5 + 0.1 * (step % 2))
     >>> for _ in range(4):
     ...     watch = watch.see(1.0)
-    >>> round(watch.mean, 2), watch.found
+    >>> round(watch.mean, 2), watch.detected
     (0.55, True)
     """
 
@@ -33,7 +33,7 @@ class LossWatch:
     jumps: int = 0
 
     @property
-    def found(self) -> bool:
+    def detected(self) -> bool:
         """Whether a boundary lies before the last jumps."""
         return self.jumps >= CONFIRMED
 

@@ -34,7 +34,7 @@ class Protection:
         damping: As of :func:`regrow.protection.guards.build_guards`.
         every: Guards are applied to the joint change of this many steps.
         growth: When the network is widened, and how.
-        recent: 0: the boundaries of tasks are known. Otherwise they are found where the loss jumps, and factors are
+        recent: 0: the boundaries of tasks are known. Otherwise they are detected where the loss jumps, and factors are
             measured on so many examples that are kept since the last one.
     """
 
@@ -56,7 +56,7 @@ class ProtectionState:
     steps: int = 0  # of training, so far
     lr: float = 0.0  # of the last step
     tasks: int = 0  # whose factors are added
-    # Where boundaries are found: the loss, examples and parameters from before it jumped, and how many were offered
+    # Where boundaries are detected: the loss, examples and parameters from before it jumped, and how many were offered
     watch: LossWatch = field(default_factory=LossWatch)
     rows: Mapping[str, AxisTensor] = field(default_factory=dict)
     calm: Mapping[str, AxisTensor] = field(default_factory=dict)
@@ -81,7 +81,7 @@ def build_learner(protection: Protection) -> Learner[ProtectionState]:
 
     def look(state: ProtectionState, context: Context, step: Step) -> ProtectionState:
         watch = state.watch.see(float(context.objective.loss(step.aux, step.batch.labels).detach()))
-        if watch.found:
+        if watch.detected:
             context.clear_moments()  # the steps since the jump were not guarded
             with torch.no_grad():
                 for name, tensor in state.calm.items():

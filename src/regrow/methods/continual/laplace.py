@@ -5,7 +5,7 @@ of weight and bias since the last task, and the factors A, B summed over tasks. 
 proximal step every few steps, Δ ← (1 + η k s A ⊗ (B + d))⁻¹ Δ, which is stable at every strength s and rate η; B is
 divided by its mean diagonal, and hidden layers are damped by d. Parameters without factors have Fisher diagonals.
 By default the steps themselves are shrunk in these directions, too, as in natural continual learning (Kao et al.,
-NeurIPS 2021); ``gate=0`` leaves that out. Growth and boundaries that are found are ours.
+NeurIPS 2021); ``gate=0`` leaves that out. Growth and the detection of boundaries are ours.
 """
 
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class Settings(CheckedSettings):
         damping: d, the importance of a hidden unit that earlier tasks did not use, as a fraction of the mean.
         samples: The number of examples of each task on which its factors are measured.
         every: k, the number of steps between two proximal steps.
-        boundaries: ``told``: factors are measured when a task ends; ``found``: where the loss jumps, on examples
+        boundaries: ``known``: factors are measured when a task ends; ``detected``: where the loss jumps, on examples
             that are kept since the last jump.
         grow: When hidden layers are widened: ``never``; ``start``: as a task begins, after the first; ``late``: for the
             last 30 % of its epochs.
@@ -49,7 +49,7 @@ class Settings(CheckedSettings):
     damping: NonNegative = 0.1
     samples: Count = 2000
     every: Count = 4
-    boundaries: Annotated[str, OneOf("told", "found")] = "told"
+    boundaries: Annotated[str, OneOf("known", "detected")] = "known"
     grow: Annotated[str, OneOf("never", "start", "late")] = "never"
     width: Fraction = 0.125
     multiple: Count = 1
@@ -66,9 +66,9 @@ def build(settings: Settings) -> Learner[ProtectionState]:
 
     s = settings
     growth = Growth(s.grow, s.width, s.multiple, s.cap, s.directions, PROJECTION, s.seed)
-    if s.boundaries == "found" and s.grow != "never":
-        raise ValueError(f"grow={s.grow} needs boundaries that are told, got boundaries=found; leave one of them out")
-    recent = s.samples if s.boundaries == "found" else 0
+    if s.boundaries == "detected" and s.grow != "never":
+        raise ValueError(f"grow={s.grow} needs known boundaries, got boundaries=detected; leave one of them out")
+    recent = s.samples if s.boundaries == "detected" else 0
     return build_learner(
         Protection(shrink, partial(add_factors, samples=s.samples), s.damping, s.every, growth, recent)
     )
