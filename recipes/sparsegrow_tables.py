@@ -234,6 +234,7 @@ EPOCHS = tuple(
     for arm in (OWN, CONTROLS[0], LAPLACE, GATED)
 )
 LIKE_GPM: dict[str, Any] = {"epochs": 5, "batch": 10, "lr": 0.01}
+LIKE_GPMS = (Arm("GPM", "gpm", **LIKE_GPM), Arm("GPM, a tenth of the rate", "gpm", **{**LIKE_GPM, "lr": 0.001}))
 GROWTH = (*growing(20, 74), *growing(40, 76))
 
 
@@ -248,7 +249,7 @@ TABLES: dict[str, tuple[tuple[str, ...], tuple[Arm, ...]]] = {
     "told": (("told:fashion:5",), (OWN, *PEERS, *UNTUNED)),
     "conv": (("domains:cifar:5",), CONVS),
     "shift": (("digits:mnist:3",), (OWN, *PEERS, *CONTROLS, *UNTUNED)),
-    "gpm": (("permuted:mnist:10",), (replace(LAPLACE, **LIKE_GPM), Arm("GPM", "gpm", **LIKE_GPM))),
+    "gpm": (("permuted:mnist:10",), (replace(LAPLACE, **LIKE_GPM), *LIKE_GPMS)),
 }
 
 
