@@ -28,7 +28,7 @@ class Latency:
 
 
 @dataclass(frozen=True)
-class Times:
+class TimeCurves:
     """The curves of the modules of a network, and where its masks enter them.
 
     Args:
@@ -74,7 +74,7 @@ def build_times(
     lines: Mapping[tuple[str, bool], tuple[int, Tensor]],
     filters: int,
     sums: Mapping[str, Sequence[str]],
-) -> Times:
+) -> TimeCurves:
     """Return the curves of the modules that run, tied to the masks of operations and filters.
 
     ``parameters``: those that run, by name; ``lines``: parameter, whether it reads → a dimension, and the filter of
@@ -107,7 +107,7 @@ def build_times(
         part = torch.cat([torch.full(line.shape, 1 / len(line), dtype=torch.float64) for line in each])
         positions.append((tensor, torch.cat(each), part))
     owner_index, op_index, shares = zip(*owners, strict=True)
-    return Times(
+    return TimeCurves(
         sizes=points[..., 0].contiguous(),
         ms=points[..., 1].contiguous(),
         layers=torch.tensor([path in held for path in curves]),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.allocation.cost import enclosing_modules, prices_in
-from regrow.allocation.latency import Latency, Times, build_times
+from regrow.allocation.latency import Latency, TimeCurves, build_times
 from regrow.core.amounts import Measure
 from regrow.core.axes import AxisGraph, Role
 
@@ -95,7 +95,7 @@ class Levels:
     filters: int
     rest: float = 0.0
     sparse: bool = False
-    times: Times | None = None
+    times: TimeCurves | None = None
 
     @property
     def maskable_layouts(self) -> tuple[TensorLayout, ...]:

@@ -8,15 +8,12 @@ the optimizer, every few steps, and hidden layers are damped. Parameters without
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
 
 from regrow.protection.factors import add_factors
-from regrow.protection.growth import Growth
 from regrow.protection.learner import Protection, ProtectionState, build_learner
-from regrow.settings.constraints import CheckedSettings, Count, Fraction, NonNegative, OneOf, Range
+from regrow.settings.constraints import CheckedSettings, Count, NonNegative
 from regrow.training.learner import Learner
 
-PROJECTION = 15.0  # the strength at which new units are projected away from earlier inputs
 CITATION = "Kao et al., Natural continual learning: success is a journey, not (just) a destination, NeurIPS 2021"
 
 
@@ -30,14 +27,6 @@ class Settings(CheckedSettings):
         damping: The importance of a hidden unit that earlier tasks did not use, as a fraction of the mean.
         samples: The number of examples of each task on which its factors are measured.
         every: The number of steps between two corrections.
-        grow: When hidden layers are widened: ``never``; ``start``: as a task begins, after the first; ``late``: for the
-            last 30 % of its epochs.
-        width: The number of new units of a layer, as a fraction of its initial size.
-        multiple: Numbers of new units are multiples of this.
-        cap: The largest allowed size of the network, as a multiple of its initial parameters, at least 1.
-        directions: Where new units point: ``data``: to differences of inputs of the present task, away from those of
-            earlier tasks; ``projected``: at random, away from those; ``random``.
-        seed: Seed of the new units' weights.
     """
 
     strength: NonNegative = 5.0
@@ -45,12 +34,6 @@ class Settings(CheckedSettings):
     damping: NonNegative = 0.1
     samples: Count = 2000
     every: Count = 4
-    grow: Annotated[str, OneOf("never", "start", "late")] = "never"
-    width: Fraction = 0.125
-    multiple: Count = 1
-    cap: Annotated[float, Range(1)] = 1.5
-    directions: Annotated[str, OneOf("data", "projected", "random")] = "data"
-    seed: int = 0
 
 
 def build(settings: Settings) -> Learner[ProtectionState]:
@@ -59,6 +42,5 @@ def build(settings: Settings) -> Learner[ProtectionState]:
     def shrink(lr: float) -> dict[str, float]:
         return {"gate": settings.strength, "decay": lr * settings.every * settings.pull}
 
-    s = settings
-    growth = Growth(s.grow, s.width, s.multiple, s.cap, s.directions, PROJECTION, s.seed)
-    return build_learner(Protection(shrink, partial(add_factors, samples=s.samples), s.damping, s.every, growth))
+    measure = partial(add_factors, samples=settings.samples)
+    return build_learner(Protection(shrink, measure, settings.damping, settings.every))
