@@ -85,6 +85,24 @@ def test_every_parameter_has_factors_or_a_diagonal(
             assert factors[f"{name} diagonal"].shape == parameter.shape
 
 
+class Odd(nn.Module):
+    """A frozen layer, one whose result is not used, and one that is called by names of arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen, self.unused, self.named = nn.Linear(4, 5).requires_grad_(False), nn.Linear(4, 2), nn.Linear(5, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.unused(inputs)
+        hidden = self.frozen(inputs)
+        return nn.functional.linear(input=hidden, weight=self.named.weight, bias=self.named.bias)
+
+
+def test_layers_without_gradients_have_no_factors() -> None:
+    factors = factors_of(Odd(), torch.randn(6, 4))
+    assert factors.keys() == {"named.weight inputs", "named.weight outputs"}
+
+
 def test_the_factors_of_one_layer_are_its_fisher_information() -> None:
     """With one example, A ⊗ B is the Fisher matrix of the weights for the drawn label, up to a factor."""
     net = nn.Sequential(nn.Linear(3, 4))

@@ -64,7 +64,11 @@ def measure_factors(
         model.zero_grad(set_to_none=True)
     measured, with_layer = {}, set[str]()
     for name, total in sums.inputs.items():
-        outputs = sums.outputs[name] if name in sums.outputs else squares[name].flatten(1).sum(1)
+        outputs = sums.outputs.get(name)
+        if outputs is None or not outputs.dim():
+            if name not in squares:  # no gradient reaches it
+                continue
+            outputs = squares[name].flatten(1).sum(1)
         measured[f"{name} inputs"] = total / examples
         measured[f"{name} outputs"] = outputs / diagonal_of(outputs).mean().clamp_min(1e-30)
         with_layer.update(layer_parameters(model, name))
@@ -134,12 +138,13 @@ class _FactorSums(TorchFunctionMode):
             for name, value, _ in find_inputs(self.watched, func, args, kwargs, RECURRENT):
                 yield name, value.flatten(0, -2)
         elif func is F.linear or func in _CONVOLUTIONS:
-            value, weight, *options = args
+            given: dict[str, Any] = {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
+            value, weight = given.pop("input"), given.pop("weight")
             if (layer := self.watched.get(id(weight))) is None:
                 return
             if func is F.linear:
                 yield layer, value.flatten(0, -2)
-            elif (patches := _find_patches(value, weight, *options, **kwargs)) is not None:
+            elif (patches := _find_patches(value, weight, **given)) is not None:
                 yield layer, patches
 
 
@@ -195,6 +200,7 @@ def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
 
 
 _CONVOLUTIONS = (torch.conv1d, torch.conv2d)
+_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")  # of these, and of `F.linear`
 
 
 def _find_patches(

@@ -12,7 +12,7 @@ from regrow.allocation.widening import growable_axes, plan_growth
 from regrow.core.axes import axes_in
 from regrow.core.axes.axis import AxisTensor, size_of
 from regrow.core.plan import Fill, Plan
-from regrow.core.sources import Batch
+from regrow.core.tasks import pack_batch
 from regrow.protection.factors import Factors, diagonal_of, layers_of, measure_surrogate, read_inputs
 from regrow.protection.guards import Guards, write_rows
 from regrow.surgery import fit_new_units
@@ -128,7 +128,7 @@ def direct_new_units(guards: Guards, context: Context, plan: Plan, directions: s
 def fit_to_task(context: Context, plan: Plan) -> None:
     """Scale new units of ``plan`` to the spread of the old ones on examples of the present task, in place."""
     examples = context.task.train.batches(256, seed=context.generator(Stream.CALIBRATION).initial_seed())
-    batches = [Batch((batch.inputs,)) for _, batch in zip(range(4), examples, strict=False)]
+    batches = [pack_batch(batch.inputs) for _, batch in zip(range(4), examples, strict=False)]
     fit_new_units(context.model, context.axes, plan, batches)
 
 

@@ -324,7 +324,7 @@ def _prepare_guards(s: Settings, state: SparseGrowState, context: Context) -> Sp
 
 
 def _free_share(s: Settings, state: SparseGrowState, axis: Axis, context: Context) -> float:
-    """Return how free an axis is: its least :attr:`Gate.free`, or (other gates) the share neither owned nor used."""
+    """Return how free an axis is: its least ``state.free``, or (other gates) the share neither owned nor used."""
     if s.gate == "kronecker":
         return min((state.free[slot.name] for slot in axis.slots if slot.name in state.free), default=1.0)
     shares = []
