@@ -22,6 +22,7 @@ METHODS = {
     "naive": {},
     "replay": {"memory": 30, "logit_weight": 0.5},
     "ewc": {"samples": 20},
+    "laplace": {"samples": 20, "boundaries": "detected"},
     "lwf": {},
     "wsn": {},
     "sparsegrow": {"grow": "always", "memory": 20, "width": 0.5, "multiple": 1, "cap": 3.0},
