@@ -9,7 +9,6 @@ from torch import Tensor
 
 from regrow.allocation.gates import GateMasks, Gates
 from regrow.core.axes import AxisGraph
-from regrow.core.axes.operations import lies_in
 
 
 def select_removed(gates: Gates, masks: GateMasks, axes: AxisGraph) -> tuple[list[str], dict[str, list[int]]]:
@@ -22,7 +21,7 @@ def select_removed(gates: Gates, masks: GateMasks, axes: AxisGraph) -> tuple[lis
     keep = {}
     for key, (base, size, _) in zip(gates.levels.axes, gates.spans, strict=True):
         active = masks.filters[base : base + size] > 0
-        has_slots_left = any(not any(lies_in(slot.name, path) for path in drop) for slot in axes[key].slots)
+        has_slots_left = any(not any(gates.holds(path, slot.name) for path in drop) for slot in axes[key].slots)
         if has_slots_left and not bool(active.all()):
             keep[key] = active.nonzero()[:, 0].tolist()
     return drop, keep

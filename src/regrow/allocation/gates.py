@@ -1,7 +1,7 @@
 """Masks of operations, filters and weights in a search: importances compared with learned thresholds."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from regrow.allocation.latency import Latency
 from regrow.allocation.levels import Levels, build_levels, step_mask
 from regrow.core.amounts import Measure
 from regrow.core.axes import AxisGraph
+from regrow.core.axes.operations import Branch, lies_in
 from regrow.core.candidates import candidate_paths, exclusive_sets, tied_operations
 
 # A margin so far below 0 that the surrogate gradient of the step function vanishes there
@@ -52,7 +53,7 @@ class Gates:
 
     Args:
         levels: Where filters and weights lie in the network's parameters, and what they cost.
-        ops: Paths of all operations, including those already dropped.
+        ops: Paths of all operations, including those already dropped; those of ``blocks`` come last.
         alive: Which operations are not dropped, ``[operations]`` bool.
         runs: Which of them lie in the part that runs, ``[operations]`` bool.
         needed: Sets of operations, as indices, of each of which at least one must stay.
@@ -64,6 +65,7 @@ class Gates:
         keys: The axis keys in the order of their thresholds.
         spans: Per axis of ``levels.axes``: the index of its first filter, how many it has, and how many it must keep.
         round_to: An axis that has that many filters and loses some keeps a multiple of this number.
+        blocks: Path of a block that can be dropped → its branch; such operations are in no sum of candidates.
     """
 
     levels: Levels
@@ -78,6 +80,11 @@ class Gates:
     keys: tuple[str, ...]
     spans: tuple[tuple[int, int, int], ...]
     round_to: int = 1
+    blocks: Mapping[str, Branch] = field(default_factory=dict)
+
+    def holds(self, op: str, name: str) -> bool:
+        """Whether the tensor ``name`` goes with the operation at path ``op``."""
+        return self.blocks[op].holds(name) if op in self.blocks else lies_in(name, op)
 
     def masks(
         self,
@@ -144,17 +151,21 @@ class Gates:
             with torch.enable_grad():
                 (price,) = torch.autograd.grad(self.levels.size(ops, ops.new_ones(self.levels.filters)), [ops])
             return price
-        return self._sum_entries(self.levels.price) if self.ops else self.alive.new_zeros(0, dtype=torch.float64)
+        return self._sum_entries([layout.price for layout in self.levels.layouts])
 
     def weightless(self) -> Tensor:
         """Return which operations have no parameters but their scale, such as pools; none if time is the cost."""
         if not self.ops or self.levels.times:
             return torch.zeros_like(self.alive)
-        return self._sum_entries(torch.ones_like(self.levels.ops)) <= 1
+        return self._sum_entries([torch.ones_like(layout.price) for layout in self.levels.layouts]) <= 1
 
-    def _sum_entries(self, values: Tensor) -> Tensor:
-        """Return the sums of ``values``, one per parameter entry, over each operation's entries, ``[operations]``."""
-        return values.new_zeros(len(self.ops) + 1).index_add(0, self.levels.ops, values)[:-1]
+    def _sum_entries(self, values: Sequence[Tensor]) -> Tensor:
+        """Return the sum of values, ``[entries]`` or ``[1]`` per tensor, over each operation's entries."""
+        total = self.alive.new_zeros(len(self.ops) + 1, dtype=torch.float64)
+        for layout, value in zip(self.levels.layouts, values, strict=True):
+            each = max(len(layout.ops), len(value))
+            total.index_add_(0, layout.ops.expand(each), value.expand(each) * (layout.entries / each))
+        return total[:-1]
 
     def shares(self, masks: GateMasks, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return per operation: whether it is active; its share of its node's importance; how many are active there.
@@ -196,19 +207,25 @@ def build_gates(
     measure: Measure,
     latency: Latency | None = None,
     round_to: int = 1,
+    blocks: Mapping[str, Branch] | None = None,
 ) -> Gates:
     """Return which operations, filters and weights may be removed in the running part of a network.
 
     ``parameters``: name → parameter, those of that part. ``keys``: the axes that have thresholds, in their order.
     ``needed``: sets of paths of operations; one of each must stay. ``runs``: whether the operation at a path runs.
     ``measure``: what costs count; ``latency``: the measured times, needed if that is time.
-    ``round_to``: as in :class:`Gates`.
+    ``round_to``, ``blocks``: as in :class:`Gates`.
     """
+    blocks = blocks or {}
+
+    def is_alive(path: str) -> bool:
+        return any(name in axes.shapes for name in blocks[path].scales) if path in blocks else path in axes.branches
+
     sums, leaders, order = candidate_paths(model), tied_operations(model), {key: i for i, key in enumerate(keys)}
     if measure == Measure.TIME and latency is None:
         raise ValueError("how long operations take was not measured: measure_latency(…) does it")
-    index = build_levels(axes, parameters, sums, measure, latency)
-    ops = tuple(path for paths in sums.values() for path in paths)
+    index = build_levels(axes, parameters, sums, measure, latency, blocks)
+    ops = (*(path for paths in sums.values() for path in paths), *blocks)
     number, alone = {path: i for i, path in enumerate(ops)}, {path for paths in exclusive_sets(model) for path in paths}
     spans, axis = [], []
     for key, base in index.axes.items():
@@ -220,14 +237,17 @@ def build_gates(
     return Gates(
         levels=index,
         ops=ops,
-        alive=torch.tensor([path in axes.branches for path in ops], dtype=torch.bool),
+        alive=torch.tensor([*map(is_alive, ops)], dtype=torch.bool),
         runs=torch.tensor([runs(path) for path in ops], dtype=torch.bool),
         needed=tuple(torch.tensor([number[path] for path in paths]) for paths in needed if all(map(runs, paths))),
         tied=torch.tensor([number[leaders.get(path, path)] for path in ops], dtype=torch.long),
-        node=torch.tensor([i for i, paths in enumerate(sums.values()) for _ in paths], dtype=torch.long),
+        node=torch.tensor(
+            [i for i, paths in enumerate((*sums.values(), *zip(blocks, strict=True))) for _ in paths], dtype=torch.long
+        ),
         single=torch.tensor([path in alone for path in ops], dtype=torch.bool),
         axis=torch.tensor(axis, dtype=torch.long),
         keys=tuple(keys),
         spans=tuple(spans),
         round_to=round_to,
+        blocks=blocks,
     )

@@ -74,16 +74,16 @@ def build_times(
     lines: Mapping[tuple[str, bool], tuple[int, Tensor]],
     filters: int,
     sums: Mapping[str, Sequence[str]],
+    ops: Mapping[str, int],
 ) -> TimeCurves:
     """Return the curves of the modules that run, tied to the masks of operations and filters.
 
     ``parameters``: those that run, by name; ``lines``: parameter, whether it reads → a dimension, and the filter of
-    each position of it, ``filters`` for none; ``sums``: path of a sum → paths of its operations, in the order of their
-    masks. Operations share the time of their sum equally.
+    each position of it, ``filters`` for none; ``sums``: path of a sum → paths of its operations; ``ops``: path of
+    a module → the index of the operation that it goes with. Operations share the time of their sum equally.
     """
     scales = {path: f"{path}.scale".lstrip(".") for path in sums}
     runs = {path: scales[total] in parameters for total, paths in sums.items() for path in (total, *paths)}
-    ops = {path: i for i, path in enumerate(path for paths in sums.values() for path in paths)}
     layer = {name: name.rpartition(".")[0] for name in parameters if name not in scales.values()}
     names = [name for name, path in layer.items() if path and path in latency.curves]
     held = {layer[name] for name in names}
@@ -96,7 +96,7 @@ def build_times(
     for i, path in enumerate(curves):
         owner = next((outer for outer in (path, *enclosing_modules(path)) if outer in ops), "")
         parts = sums.get(path) or [owner]
-        owners += [(i, ops.get(op, len(ops)), 1 / len(parts)) for op in parts]
+        owners += [(i, ops.get(op, len({*ops.values()})), 1 / len(parts)) for op in parts]
     most = 1 + max(map(len, curves.values()))
     points = torch.tensor([curve[:1] * (most - len(curve)) + curve for curve in curves.values()], dtype=torch.float64)
     index = {path: i for i, path in enumerate(curves)}

@@ -19,6 +19,7 @@ from regrow.allocation.cost import enclosing_modules, prices_in
 from regrow.allocation.latency import Latency, TimeCurves, build_times
 from regrow.core.amounts import Measure
 from regrow.core.axes import AxisGraph, Role
+from regrow.core.axes.operations import Branch
 
 GRANULARITIES = ("operations", "filters", "weights")  # from the coarsest to the finest
 # The most entries of a network that is priced and masked entry by entry where only operations and filters are
@@ -235,10 +236,12 @@ def build_levels(
     candidates: Mapping[str, Sequence[str]],
     measure: Measure,
     latency: Latency | None,
+    blocks: Mapping[str, Branch],
 ) -> Levels:
     """Return what ties a network's ``parameters`` to operations, filters and weights, and what they cost.
 
-    ``candidates``: path of a sum → paths of its operations; ``latency``: measured times, if ``measure`` is time.
+    ``candidates``: path of a sum → paths of its operations; ``latency``: measured times, if ``measure`` is time;
+    ``blocks``: path → branch, the operations after those of ``candidates``.
     """
     names = [name for name in parameters if name in axes.shapes]
     free = (axis for axis in axes.units() if not axis.count and axis.multiple == 1)
@@ -263,6 +266,9 @@ def build_levels(
         line[line < 0] = filters  # none
 
     numbers = {path: i for i, path in enumerate(path for paths in candidates.values() for path in paths)}
+    count = len(numbers) + len(blocks)
+    for i, block in enumerate(blocks.values(), len(numbers)):
+        numbers |= dict.fromkeys(block.placeholders, i)
     scales = {f"{path}.scale".lstrip("."): paths for path, paths in candidates.items()}
     prices = prices_in(axes, measure, numbers)
     maskable, tensors = {*weights}, []
@@ -272,10 +278,13 @@ def build_levels(
             ops = [numbers[path] for path in paths]
             price = price + torch.tensor([prices.ops.get(path, 0.0) for path in paths])
         else:
-            ops = [next((numbers[path] for path in enclosing_modules(name) if path in numbers), len(numbers))]
+            ops = [next((numbers[path] for path in enclosing_modules(name) if path in numbers), count)]
         read = lines.get((name, True)) if name in maskable else None
         tensors.append(TensorLayout(parameters[name].shape, lines.get((name, False)), read, torch.tensor(ops), price))
-    times = build_times(latency, parameters, lines, filters, candidates) if latency else None
+    for path in (path for block in blocks.values() for path in block.placeholders if path in prices.ops):
+        price = torch.tensor([prices.ops[path]], dtype=torch.float64)  # of work without weights
+        tensors.append(TensorLayout(torch.Size([1]), None, None, torch.tensor([numbers[path]]), price))
+    times = build_times(latency, parameters, lines, filters, candidates, numbers) if latency else None
     return Levels(tuple(weights), tuple(tensors), first, filters, prices.rest, measure == Measure.NONZERO, times)
 
 

@@ -26,6 +26,7 @@ from regrow.jobs.recording import ActiveRun, Invocation, Record, RunStart, read_
 from regrow.jobs.search_inputs import (
     SearchData,
     SearchInputs,
+    add_blocks,
     build_search,
     check_epochs,
     make_schedule,
@@ -145,7 +146,8 @@ def search_network(
     batch, table = measure_times(settings, opened, recorded.get("latency"), run)
     check_same_tasks(run.ranks, opened.model, (data.search, data.whole))
     search = build_search(settings, opened.model, opened.axes, opened.stages, table, augments=not opened.in_place)
-    context = Context(opened.model, opened.axes, data.search, epochs=settings.epochs, seed=settings.seed)
+    axes = add_blocks(search, opened.model, opened.axes)
+    context = Context(opened.model, axes, data.search, epochs=settings.epochs, seed=settings.seed)
     context = replace(context, undo=UndoStore(), objective=data.objective)
     search.check(context)
     stated = {*settings.method_settings, *SET_BY_RUN}

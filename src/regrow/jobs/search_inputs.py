@@ -14,6 +14,7 @@ from regrow.allocation.levels import GRANULARITIES
 from regrow.allocation.stages import MemoryStages
 from regrow.core.amounts import Measure, format_bytes, parse_bytes
 from regrow.core.axes import AxisGraph
+from regrow.core.candidates import candidate_paths
 from regrow.core.names import names_function
 from regrow.core.objectives import CLASSIFICATION, NEXT_TOKEN, Objective
 from regrow.core.sources import Batch, device_of, move_inputs
@@ -29,7 +30,7 @@ from regrow.nets.cells import Cells
 from regrow.nets.loaded import Origin
 from regrow.nets.mobile import Mobile
 from regrow.settings.search import Settings, parse_search_target
-from regrow.tracing import trace
+from regrow.tracing import trace, with_branches
 from regrow.training import tune
 from regrow.training.continual import TaskSchedule
 from regrow.training.learner import Context
@@ -186,6 +187,19 @@ def build_search(
             "does not search in these: give more --memory or none, or a method and settings that do"
         )
     return search
+
+
+def add_blocks(search: Search, model: nn.Module, axes: AxisGraph) -> AxisGraph:
+    """Return the axes with the branches that ``search``, changed in place, takes as operations.
+
+    They are those of :attr:`regrow.core.axes.operations.Branch.scales`; none where the network has candidates.
+    """
+    if "operations" not in search.space.cuts or candidate_paths(model):
+        return axes
+    axes = with_branches(model, axes)
+    blocks = {path: branch for path, branch in axes.branches.items() if branch.scales}
+    search.space = replace(search.space, blocks=blocks)
+    return axes
 
 
 def remeasure_batchnorms(model: nn.Module, context: Context, batch_size: int) -> None:

@@ -254,7 +254,8 @@ def _update_axes(bare: nn.Module, example: Example, recorded: Capture, axes: Axi
         caches=find_caches(w, names),
         notes=fresh.notes,
         trained=fresh.trained,
-        branches=(find_branches(bare, recorded, axes.example) if has_branches else {}) | list_candidates(bare),
+        branches=(find_branches(bare, recorded, axes.example, axes.branches) if has_branches else {})
+        | list_candidates(bare),
     )
 
 

@@ -15,7 +15,7 @@ from regrow.core.axes.operations import Branch, Placeholder, lies_in
 from regrow.core.candidates import Candidates, candidate_paths
 from regrow.core.errors import first_line
 from regrow.tracing.capture import Capture, capture, in_eval_mode, silence_torch
-from regrow.tracing.effects import BranchError, Effects, Site, outermost, tensor_forms
+from regrow.tracing.effects import BranchError, Effects, Site, locate_branches, outermost, tensor_forms
 from regrow.tracing.meta_copy import cast_example, fake_copy
 from regrow.tracing.model_state import preserve_state, state_of
 from regrow.tracing.nodes import op_name
@@ -110,10 +110,13 @@ def list_candidates(model: nn.Module) -> dict[str, Branch]:
     }
 
 
-def find_branches(model: nn.Module, recorded: Capture, example: Example) -> dict[str, Branch]:
+def find_branches(
+    model: nn.Module, recorded: Capture, example: Example, known: Mapping[str, Branch] | None = None
+) -> dict[str, Branch]:
     """Return path → branch of every module that runs, with the reason if it cannot be dropped.
 
-    {} if data decide which operations run, or the network does not run without numbers.
+    {} if data decide which operations run, or the network does not run without numbers. ``known``: those before some
+    were dropped; one that was free then is so too where another takes the same parameters away now.
     """
     if recorded.decisions is not None:
         return {}
@@ -124,8 +127,10 @@ def find_branches(model: nn.Module, recorded: Capture, example: Example) -> dict
         return {}
     search = _Search(Effects(recorded), copy, fake, calls, output)
     result = {path: search.examine(path) for path, _ in copy.named_modules() if path in calls}
-    result |= search.find_repetitions(result)
-    return result | search.find_failing(result)
+    earlier = {path for path, branch in (known or {}).items() if branch.free}
+    result |= {path: branch for path, branch in search.find_repetitions(result).items() if path not in earlier}
+    result |= search.find_failing(result)
+    return result | (search.find_scalable(result) if known is None else {})
 
 
 def record_calls(model: nn.Module, example: Example) -> tuple[dict[str, list[ModuleCall]], object]:
@@ -273,6 +278,32 @@ class _Search:
             reason = f"it takes away what {best.module} does"
             result |= {b.module: Branch(b.module, reason=reason) for b in members if b is not best}
         return result
+
+    def find_scalable(self, branches: Mapping[str, Branch]) -> dict[str, Branch]:
+        """Return path → branch with its ``scales``, of the innermost branches that can all be dropped together."""
+        parameters, found = dict(self.model.named_parameters()), dict[str, tuple[Branch, frozenset[str]]]()
+        for path, branch in branches.items():
+            held = frozenset(filter(branch.holds, parameters))
+            names = self.effects.find_scales(*self.effects.find_site(path)) if branch.free else None
+            if names and held.issuperset(names):
+                found[path] = replace(branch, scales=tuple(dict.fromkeys(names))), held
+        inner = [branch for branch, held in found.values() if not any(other < held for _, other in found.values())]
+        if not self._go_together(inner):
+            chosen = list[Branch]()
+            for branch in inner:
+                chosen += [branch] if self._go_together([*chosen, branch]) else []
+            inner = chosen
+        return {branch.module: branch for branch in inner}
+
+    def _go_together(self, branches: Sequence[Branch]) -> bool:
+        """Whether branches can be dropped at once: each sum keeps a summand, and what they leave is used."""
+        placeholders = {path: placeholder for branch in branches for path, placeholder in branch.placeholders.items()}
+        try:
+            live = self.effects.live(locate_branches(self.effects, branches))
+            self._check_names(placeholders, {*self.effects.calls} - live)
+        except BranchError:
+            return False
+        return len(placeholders) == sum(len(branch.placeholders) for branch in branches)
 
     def find_failing(self, branches: Mapping[str, Branch]) -> dict[str, Branch]:
         """Return path → branches that fail on trial, with the reason; equally named ones are first tried together."""

@@ -24,6 +24,13 @@ from regrow.tracing.nodes import (
     writes_in_place,
 )
 
+# Operation that is linear in its weight and bias together → their positions.
+_SCALED_BY: Mapping[str, slice] = {
+    **dict.fromkeys(("linear", "conv1d", "conv2d", "conv3d", "batch_norm"), slice(1, 3)),
+    **dict.fromkeys(("layer_norm", "group_norm", "rms_norm"), slice(2, 4)),
+    "addmm": slice(0, 3, 2),
+}
+
 # Node → the node whose value replaces its own; ``None``: zeros replace it.
 Replaced = Mapping[Node, Node | None]
 
@@ -170,6 +177,25 @@ class Effects:
         if any(writer not in inside for origin in inside for writer in self.writers.get(origin, ())):
             raise BranchError("what it gives is written into afterwards, which would change its input")
         return node, source
+
+    def find_scales(self, node: Node, source: Node | None) -> list[str] | None:
+        """Return names of parameters with which, all 0, a node is 0, or the ``source`` that it adds to; or ``None``."""
+        name, operands = op_name(node), [self.source_of(x) for x in node.args if isinstance(x, Node)]
+        if node is source:
+            return []
+        if name == "mul" and (scale := next((x for x in operands if x in self.capture.states), None)):
+            return [self.capture.states[scale]]
+        if name == "mul":  # what a norm multiplies with would undo the scale
+            varying = [x for x in operands if x not in self.fixed]
+            return self.find_scales(varying[0], None) if len(varying) == 1 else None
+        if name == "add" and not node.kwargs and len(operands) == 2:
+            parts = [self.find_scales(x, source) for x in operands]
+            return None if None in parts else [name for part in parts for name in part or ()]
+        if name in _SCALED_BY:
+            weights = [x for x in node.args[_SCALED_BY[name]] if isinstance(x, Node)]
+            return [self.capture.states.get(self.source_of(x), "") for x in weights]
+        passes = name in ZERO_PRESERVING | ALIASES and operands
+        return self.find_scales(operands[0], source) if passes else None
 
     def _find_passed_value(self, node: Node, inside: Container[Node]) -> Node | None:
         """Return the outside value that reaches a node through additions only, once, in the same shape; or ``None``."""

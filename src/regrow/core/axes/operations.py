@@ -128,11 +128,14 @@ class Branch:
     """A module (by its path) that can be dropped, or the ``reason`` why not; empty: it can be.
 
     ``placeholders``: path → what replaces that module; they replace the module itself and those that only it uses.
+    ``scales``: names of its parameters that scale what it adds: with all of them at 0, the network computes what it
+    does without the branch. All branches that have any can be dropped together; a search takes them as operations.
     """
 
     module: str
     placeholders: Mapping[str, Placeholder] = field(default_factory=dict)
     reason: str = ""
+    scales: tuple[str, ...] = field(default=(), compare=False)  # no plan needs them
 
     @property
     def free(self) -> bool:

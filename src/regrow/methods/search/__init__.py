@@ -28,7 +28,7 @@ from regrow.methods.search.space import (
     iterate_spans,
     measure_masked,
     measure_unmasked,
-    scale_candidates,
+    scale_operations,
 )
 from regrow.surgery.gate import parametrize
 from regrow.training.learner import Boundary, Context, Event, Learner, Loss, Replacements, Step, make_mask, task_loss
@@ -140,7 +140,7 @@ class Search(ABC):
             flat = levels.flat(parameters) if entrywise else None
             masks = self.masks(state, context, flat, context.training and self.trains(state, context))
             values = levels.replace_weights(parameters, flat, masks.filter_scale, masks.over)
-            return Replacements({**values, **scale_candidates(context, masks.op_scale, multiply=True)}, masks)
+            return Replacements(scale_operations(context, state, values, masks.op_scale), masks)
 
     def loss(self, state: SearchState, context: Context, step: Step) -> Loss:
         """Hook ``loss``: the loss of a batch; with the setting ``augment``, of randomly shifted and mirrored images."""
@@ -182,7 +182,7 @@ class Search(ABC):
 
     def _start(self, context: Context) -> SearchState:
         """Return the initial state: importances and thresholds are 0, so that everything is kept."""
-        operations = sum(map(len, candidate_paths(context.model).values()))
+        operations = sum(map(len, candidate_paths(context.model).values())) + len(self.space.blocks)
         axes = tuple(axis.key for axis in context.axes.units())
         importance, threshold = self.learning_rates(context)
 

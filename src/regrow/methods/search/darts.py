@@ -26,7 +26,7 @@ from regrow.core.sources import move_tensors
 from regrow.core.tasks import Examples
 from regrow.methods.search import Commit, Search
 from regrow.methods.search.commit import plan_fit, plan_masked_cut
-from regrow.methods.search.space import SearchSpace, SearchState, rank_evenly, scale_candidates
+from regrow.methods.search.space import SearchSpace, SearchState, rank_evenly, split_scale
 from regrow.surgery.gate import parametrize
 from regrow.training.learner import Boundary, Context, Event, Replacements, Step, Stream
 
@@ -153,4 +153,4 @@ def choose_operations(state: SearchState) -> Tensor:
 def _scale_by_softmax(state: SearchState, context: Context) -> dict[str, Tensor]:
     """Return name of each node's parameter ``scale`` → one number per operation, softmax(α) per edge; 0: dropped."""
     share = state.edges.share(state.alpha.values) * state.layout.alive
-    return scale_candidates(context, share, multiply=False)
+    return split_scale(context, share)

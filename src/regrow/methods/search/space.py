@@ -14,6 +14,7 @@ from regrow.allocation.latency import Latency
 from regrow.allocation.levels import GRANULARITIES, counted_tensors
 from regrow.core.amounts import Measure
 from regrow.core.axes.axis import AxisTensor
+from regrow.core.axes.operations import Branch
 from regrow.core.candidates import Staged, candidate_paths
 from regrow.core.sources import device_of, move_tensors
 from regrow.training.learner import Context
@@ -32,6 +33,8 @@ class SearchSpace:
     removable: tuple[str, ...] = ()  # granularities of which something may be removed; empty: those that have masks
     latency: Latency | None = None  # the measured times, if these are the measure
     round_to: int = 1  # axes that lose filters keep multiples of this
+    # Operations besides those of Candidates: path → a branch that can be dropped, with parameters that scale it
+    blocks: Mapping[str, Branch] = field(default_factory=dict)
 
     def part(self, stage: int) -> int:
         """Return the index of the last network part that a stage trains, −1 for all; stage −1 is the last stage."""
@@ -165,6 +168,7 @@ def build_layout(space: SearchSpace, axes: tuple[str, ...], context: Context, pa
         space.measure,
         space.latency,
         space.round_to,
+        space.blocks,
     )
     layout = move_tensors(layout, device_of(context.model))
     layout.levels.precompute()  # a resumed run's first step needs no more memory than any other
@@ -191,15 +195,25 @@ def measure_masked(state: SearchState, masks: GateMasks) -> Tensor:
     return state.layout.levels.size(masks.ops, masks.filters, masks.weights)
 
 
-def scale_candidates(context: Context, scale: Tensor, *, multiply: bool) -> dict[str, Tensor]:
-    """Return name of each node's parameter → its operations' entries of ``scale`` (``[operations]``).
-
-    A node is a sum of candidate operations. ``multiply``: the entries are multiplied by the parameter's.
-    """
+def split_scale(context: Context, scale: Tensor) -> dict[str, Tensor]:
+    """Return name of the parameter of each sum of candidates → its operations' entries of ``scale``."""
     nodes = candidate_paths(context.model)
-    parts, parameters = scale.split([*map(len, nodes.values())]), context.parameters()
-    names = [f"{path}.scale".lstrip(".") for path in nodes]
-    return {name: parameters[name] * part if multiply else part for name, part in zip(names, parts, strict=True)}
+    parts = scale.split([*map(len, nodes.values())])
+    return {f"{path}.scale".lstrip("."): part for path, part in zip(nodes, parts, strict=True)}
+
+
+def scale_operations(
+    context: Context, state: SearchState, values: Mapping[str, Tensor], scale: Tensor
+) -> dict[str, Tensor]:
+    """Return ``values`` (name → what replaces a parameter) with each operation's output scaled, ``[operations]``."""
+    parameters, blocks = context.parameters(), state.layout.blocks
+    result, first = dict(values), len(scale) - len(blocks)
+    for name, part in split_scale(context, scale[:first]).items():
+        result[name] = parameters[name] * part
+    for block, factor in zip(blocks.values(), scale[first:], strict=True):
+        for name in filter(parameters.__contains__, block.scales):  # none once it was dropped
+            result[name] = result.get(name, parameters[name]) * factor
+    return result
 
 
 def rank_evenly(state: SearchState) -> SearchState:

@@ -30,7 +30,7 @@ from regrow.core.objectives import CLASSIFICATION
 from regrow.core.sources import logits_in
 from regrow.core.tasks import Examples, run_network
 from regrow.methods.search import Commit, Search, commit
-from regrow.methods.search.space import SearchSpace, SearchState, scale_candidates
+from regrow.methods.search.space import SearchSpace, SearchState, scale_operations
 from regrow.settings.constraints import Count, Fraction, OneOf, Positive, Range, check_constraints
 from regrow.surgery.gate import parametrize
 from regrow.training.learner import Context, Replacements, Step, Stream, task_loss
@@ -178,20 +178,20 @@ def mask_parameters(context: Context, state: SearchState, masks: GateMasks) -> R
     parameters, levels = context.parameters(), state.layout.levels
     flat = None if masks.over is None and not levels.entrywise else levels.flat(parameters)
     values = levels.replace_weights(parameters, flat, masks.filter_scale, masks.over)
-    return Replacements({**values, **scale_candidates(context, masks.op_scale, multiply=True)}, masks)
+    return Replacements(scale_operations(context, state, values, masks.op_scale), masks)
 
 
 def measure_saliency(search: Trials, state: SearchState, context: Context) -> Saliency:
     """Return the saliency of all units: the mean of g² (∂ loss / ∂ g)² / 2 over examples, g being a unit's scale."""
     s, layout = search.s, state.layout
     levels, nodes = layout.levels, candidate_paths(context.model)
+    parameters = context.parameters()
     scales = [f"{path}.scale".lstrip(".") for path in nodes]
+    blocks = [[name for name in block.scales if name in parameters] for block in layout.blocks.values()]
     with torch.no_grad():
         values = {name: value.detach() for name, value in search.parametrize(state, context).values.items()}
-    parameters = context.parameters()
-    learned = {
-        name: values.get(name, parameters[name].detach()).requires_grad_() for name in (*levels.weights, *scales)
-    }
+    names = dict.fromkeys((*levels.weights, *scales, *(name for part in blocks for name in part)))
+    learned = {name: values.get(name, parameters[name].detach()).requires_grad_() for name in names}
     device = context.device
     ops = torch.zeros(len(layout.ops), device=device)
     filters = torch.zeros(levels.filters + 1, device=device)
@@ -205,8 +205,10 @@ def measure_saliency(search: Trials, state: SearchState, context: Context) -> Sa
             loss = len(indices) * _sampled_loss(context, batch, generator)
             found = torch.autograd.grad(loss, [*learned.values()], allow_unused=True, materialize_grads=True)
         products = {name: g * v.detach() for (name, v), g in zip(learned.items(), found, strict=True)}
-        if scales:
-            gates = torch.cat([products[name] for name in scales])
+        if len(ops):
+            none = ops.new_zeros(1)
+            of_blocks = [sum((products[name].sum() for name in part), none) for part in blocks]
+            gates = torch.cat([*(products[name] for name in scales), *of_blocks])
             ops += torch.zeros_like(ops).index_add(0, layout.tied, gates)[layout.tied].square()
         filters += _sum_by_filter(state, products).square()
         if weights is not None:
