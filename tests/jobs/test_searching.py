@@ -381,6 +381,28 @@ def test_a_network_of_ones_own_loses_filters_and_weights(tmp_path: Path) -> None
     assert rows(folder, "levels")[0]["saved"]["filters"] > 0
 
 
+@pytest.mark.parametrize(
+    "method, given", [("mgas", {"warm": 1, "every": 1}), ("trials", {"levels": ("operations",)}), ("blind", {})]
+)
+def test_residual_blocks_go_and_a_killed_search_goes_on(
+    method: str, given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = SMALL | {"retrain": 0, "stages": 1, "method": method, "method_settings": given}
+    settings = Settings("resnet:4-2", "digits", "params=70%", **more)
+    done = search_named(settings, Invocation(tmp_path / "run"))
+    dropped = [path for plan in done.ledger.plans for path in plan.drop]
+    net, levels = regrow.load(done.path), rows(done, "levels")[0]
+    assert dropped and all(not [*net.get_submodule(path).parameters()] for path in dropped)
+    assert sum(p.numel() for p in net.parameters()) == levels["size"] <= levels["asked"]
+    assert levels["saved"]["operations"] > 0
+    stopped(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        search_named(settings, Invocation(tmp_path / "killed"))
+    again = search_named(settings, Invocation(tmp_path / "killed"))
+    assert same_parameters(net, regrow.load(again.path))
+    assert [_same(row) for row in rows(done, "epoch")] == [_same(row) for row in rows(again, "epoch")]
+
+
 def test_stages_fit_the_memory_that_is_given(tmp_path: Path) -> None:
     settings = Settings("cells:4-3-1", "digits", "params=30%", memory="8MiB", **SMALL)
     model, _, plan = build_space(settings, read_search_data(settings).search)
