@@ -1,5 +1,6 @@
 """A search and its run folder: three disjoint parts, the target, resuming, the memory it is given."""
 
+import importlib
 import json
 import re
 from dataclasses import replace
@@ -381,17 +382,35 @@ def test_a_network_of_ones_own_loses_filters_and_weights(tmp_path: Path) -> None
     assert rows(folder, "levels")[0]["saved"]["filters"] > 0
 
 
+RESIDUAL = """
+from torch import nn
+from regrow.nets.vision import ResidualBlock
+
+def tiny(classes=10):
+    blocks = [ResidualBlock(6, 6, 1, nn.BatchNorm2d) for _ in range(2)]
+    return nn.Sequential(nn.Conv2d(1, 6, 3), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, classes))
+"""
+
+
 @pytest.mark.parametrize(
-    "method, given", [("mgas", {"warm": 1, "every": 1}), ("trials", {"levels": ("operations",)}), ("blind", {})]
+    "method, given",
+    [
+        ("mgas", {"warm": 1, "every": 1, "levels": ("operations",)}),
+        ("trials", {"levels": ("operations",)}),
+        ("blind", {}),
+    ],
 )
 def test_residual_blocks_go_and_a_killed_search_goes_on(
     method: str, given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "residual_nets.py").write_text(RESIDUAL)
+    monkeypatch.chdir(tmp_path)
     more = SMALL | {"retrain": 0, "stages": 1, "method": method, "method_settings": given}
-    settings = Settings("resnet:4-2", "digits", "params=70%", **more)
+    settings = Settings("residual_nets:tiny", "digits", "params=60%", **more)
     done = search_named(settings, Invocation(tmp_path / "run"))
-    dropped = [path for plan in done.ledger.plans for path in plan.drop]
-    net, levels = regrow.load(done.path), rows(done, "levels")[0]
+    dropped = [path for plan in done.ledger.plans() for path in plan.drop]
+    build = importlib.import_module("residual_nets").tiny
+    net, levels = regrow.load(done.path, model=build), rows(done, "levels")[0]
     assert dropped and all(not [*net.get_submodule(path).parameters()] for path in dropped)
     assert sum(p.numel() for p in net.parameters()) == levels["size"] <= levels["asked"]
     assert levels["saved"]["operations"] > 0
@@ -399,7 +418,7 @@ def test_residual_blocks_go_and_a_killed_search_goes_on(
     with pytest.raises(KeyboardInterrupt):
         search_named(settings, Invocation(tmp_path / "killed"))
     again = search_named(settings, Invocation(tmp_path / "killed"))
-    assert same_parameters(net, regrow.load(again.path))
+    assert same_parameters(net, regrow.load(again.path, model=build))
     assert [_same(row) for row in rows(done, "epoch")] == [_same(row) for row in rows(again, "epoch")]
 
 
