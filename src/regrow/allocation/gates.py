@@ -197,6 +197,15 @@ class Gates:
         return result
 
 
+def counted_tensors(model: nn.Module, measure: Measure) -> dict[str, Tensor]:
+    """Return name → tensor that a measure counts: parameters, tied ones once; for bytes stored buffers, too."""
+    result: dict[str, Tensor] = dict(model.named_parameters())
+    if measure == Measure.BYTES:
+        stored = model.state_dict().keys()
+        result |= {name: buffer for name, buffer in model.named_buffers() if name in stored}
+    return result
+
+
 def build_gates(
     model: nn.Module,
     axes: AxisGraph,

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from regrow.allocation.cost import enclosing_modules, prices_in
 from regrow.allocation.latency import Latency, TimeCurves, build_times
@@ -210,15 +210,6 @@ class Levels:
         return (inner * self.price[:n]).sum() + (alive[n:] * self.price[n:]).sum() + self.rest
 
 
-def counted_tensors(model: nn.Module, measure: Measure) -> dict[str, Tensor]:
-    """Return name → tensor that a measure counts: parameters, tied ones once; for bytes stored buffers, too."""
-    result: dict[str, Tensor] = dict(model.named_parameters())
-    if measure == Measure.BYTES:
-        stored = model.state_dict().keys()
-        result |= {name: buffer for name, buffer in model.named_buffers() if name in stored}
-    return result
-
-
 def check_levels(searched: Collection[str], measure: Measure) -> None:
     """Raise ValueError unless all are granularities; or if zeros of the ``"weights"`` searched count in ``measure``."""
     if not searched or not {*searched} <= {*GRANULARITIES}:
@@ -281,7 +272,7 @@ def build_levels(
             ops = [next((numbers[path] for path in enclosing_modules(name) if path in numbers), count)]
         read = lines.get((name, True)) if name in maskable else None
         tensors.append(TensorLayout(parameters[name].shape, lines.get((name, False)), read, torch.tensor(ops), price))
-    for path in (path for block in blocks.values() for path in block.placeholders if path in prices.ops):
+    for path in (path for block in blocks.values() for path in block.placeholders if prices.ops.get(path)):
         price = torch.tensor([prices.ops[path]], dtype=torch.float64)  # of work without weights
         tensors.append(TensorLayout(torch.Size([1]), None, None, torch.tensor([numbers[path]]), price))
     times = build_times(latency, parameters, lines, filters, candidates, numbers) if latency else None

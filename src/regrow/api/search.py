@@ -55,7 +55,8 @@ def search(
     """Search a network for the widths and operations that serve its loss best within a target size.
 
     It is trained from the weights that it has, while what matters least is removed: units of free axes, operations in
-    :class:`regrow.Candidates`, and single weights (target ``nonzero``). At the end, BatchNorms are measured again.
+    :class:`regrow.Candidates` or, without any, residual blocks, and single weights (target ``nonzero``). At the end,
+    BatchNorms are measured again.
 
     Args:
         model: The network, changed in place; or a model's name or a run folder.

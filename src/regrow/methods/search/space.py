@@ -9,9 +9,9 @@ from torch import Tensor
 
 from regrow.allocation.commits import least_cost
 from regrow.allocation.darts import Edges
-from regrow.allocation.gates import GateMasks, Gates, build_gates
+from regrow.allocation.gates import GateMasks, Gates, build_gates, counted_tensors
 from regrow.allocation.latency import Latency
-from regrow.allocation.levels import GRANULARITIES, counted_tensors
+from regrow.allocation.levels import GRANULARITIES
 from regrow.core.amounts import Measure
 from regrow.core.axes.axis import AxisTensor
 from regrow.core.axes.operations import Branch
