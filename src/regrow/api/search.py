@@ -54,9 +54,8 @@ def search(
 ) -> SearchResult:
     """Search a network for the widths and operations that serve its loss best within a target size.
 
-    It is trained from the weights that it has, while what matters least is removed: units of free axes, operations in
-    :class:`regrow.Candidates` or, without any, residual blocks, and single weights (target ``nonzero``). At the end,
-    BatchNorms are measured again.
+    It is trained from the weights that it has, while what matters least is removed: units of free axes, operations of
+    :class:`regrow.Candidates` or else residual blocks, single weights (``nonzero``). At last BatchNorms are measured.
 
     Args:
         model: The network, changed in place; or a model's name or a run folder.
