@@ -376,7 +376,7 @@ def test_a_network_of_ones_own_code_is_searched_in_all_levels(tmp_path: Path, mo
 
 
 def test_a_network_of_ones_own_loses_filters_and_weights(tmp_path: Path) -> None:
-    given = SMALL | {"stages": 1, "method_settings": {"warm": 1, "every": 1}}
+    given = SMALL | {"stages": 1, "method_settings": {"warm": 1, "every": 1, "levels": ("filters",)}}
     folder = search_named(Settings("resnet:4-2", "digits", "macs=10k", **given), Invocation(tmp_path / "run"))
     assert regrow.load(folder.path).get_submodule("3").conv1.out_channels < 4
     assert rows(folder, "levels")[0]["saved"]["filters"] > 0
