@@ -2,6 +2,7 @@
 
     python benchmarks/serving.py --work FOLDER
     python benchmarks/serving.py --work FOLDER --llama-cpp PYTHON      # an interpreter that has llama-cpp-python
+    python benchmarks/serving.py --work FOLDER --vllm PYTHON           # vLLM alone, at 1, 8 and 32 requests
 
 Dense beside 80, 70 and 50 % kept, each cut three ways: irregular, irregular with widths in multiples of 16, and regular
 (one width per kind in all layers) in multiples of 16. What stays is chosen by magnitude, which takes no text: speed
@@ -174,13 +175,67 @@ def llama_cpp(nets: Mapping[str, Row], dtype: str, args: Namespace) -> Row:
     return {name: each | {"bytes": paths[name].stat().st_size} for name, each in acts.items()}
 
 
+VLLM = """
+import json, os, sys, time
+os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+from vllm import LLM, SamplingParams
+path, settings, tokens, steps, repeats, loads = json.loads(sys.argv[1])
+llm = LLM(path, dtype="float32", max_model_len=tokens + steps, max_num_seqs=max(loads), enable_prefix_caching=False,
+        enforce_eager=True, **settings)
+def take(load, steps, at):
+    prompts = [{"prompt_token_ids": [(at + 97 * j + i) % 40000 + 100 for i in range(tokens)]} for j in range(load)]
+    sampling = SamplingParams(temperature=0, max_tokens=steps, ignore_eos=True, detokenize=False)
+    start = time.process_time(), time.perf_counter()
+    llm.generate(prompts, sampling, use_tqdm=False)
+    return time.process_time() - start[0], time.perf_counter() - start[1]
+found = {load: {"prefill": [], "decode": []} for load in loads}
+for repeat in range(repeats + 1):
+    for load in loads:
+        first, all = take(load, 1, repeat), take(load, steps + 1, repeat)
+        if repeat:
+            found[load]["prefill"].append([s / load / tokens for s in first])
+            found[load]["decode"].append([(b - a) / load / steps for a, b in zip(first, all)])
+print(json.dumps(found))
+"""
+LOADS = (1, 8, 32)
+SERVED = {
+    "dense": ("dense", {}),
+    "dense, by transformers' code": ("dense", {"model_impl": "transformers"}),
+    **{f"{keep}, {form}": (f"{keep}, {form}", {}) for keep in ("0.8", "0.5") for form in [*FORMS][::2]},
+}
+
+
+def vllm(nets: Mapping[str, Row], args: Namespace) -> Iterator[Row]:
+    """Yield CPU seconds and wall seconds per token in vLLM, per network and number of requests."""
+    for name, (net, settings) in SERVED.items():
+        folder = nets[net]["folder"] / "exported"
+        if not folder.is_dir():
+            export(nets[net]["folder"], folder, format="transformers")
+        code = {"trust_remote_code": True, "model_impl": "transformers"}
+        own = code if (folder / "modeling_regrow.py").is_file() else settings
+        job = [str(folder), own, args.tokens, args.steps, args.repeats, LOADS]
+        print(f"vLLM, {name}", file=sys.stderr, flush=True)
+        done = run([args.vllm, "-c", VLLM, json.dumps(job)], environment={"PYTHONPATH": ""})
+        if "error" in done:
+            raise SystemExit(done["error"])
+        for requests in LOADS:
+            acts = done[str(requests)].items()
+            least = {act: [min(one) for one in zip(*took, strict=True)] for act, took in acts}
+            yield {"network": name, "requests": requests, **least}
+
+
 def main() -> None:
     """Measure and write."""
     sizes = {"tokens": 256, "steps": 24, "repeats": 7, "threads": torch.get_num_threads(), "keep": [0.8, 0.7, 0.5]}
-    args = arguments(__doc__, OUT, work=Path, llama_cpp="", onnx=(*FORMS,), **sizes)
+    args = arguments(__doc__, OUT, work=Path, llama_cpp="", vllm="", onnx=(*FORMS,), **sizes)
     if not args.show:
         torch.set_num_threads(args.threads)
         nets = made(args.work, args.keep, args.tokens)
+        settings = {"tokens": args.tokens, "steps": args.steps, "repeats": args.repeats}
+        if args.vllm:
+            own = {"date": today(), "threads": 1, "settings": settings, "rows": [*vllm(nets, args)]}
+            write(args.out, {**json.loads(args.out.read_text("utf-8")), "vllm": own})
+            return
         graphs = {name: net for name, net in nets.items() if name.partition(", ")[2] in ("", *args.onnx)}
         runtimes = {}
         for runtime, turns, own in (("transformers", transformers_turns, nets), ("onnxruntime", onnx_turns, graphs)):
@@ -190,16 +245,28 @@ def main() -> None:
         for dtype in GGUF if args.llama_cpp else ():
             runtimes[f"llama.cpp {dtype}"] = llama_cpp(nets, dtype, args)
         result = {"date": today(), "machine": platform.processor() or platform.machine(), "threads": args.threads}
-        settings = {"tokens": args.tokens, "steps": args.steps, "repeats": args.repeats}
         sizes = {name: {key: value for key, value in net.items() if key != "folder"} for name, net in nets.items()}
         write(args.out, result | {"versions": versions(), "settings": settings, "nets": sizes, "runtimes": runtimes})
-    print("\n".join(table(COLUMNS, shown(json.loads(args.out.read_text("utf-8"))))))
+    found = json.loads(args.out.read_text("utf-8"))
+    print("\n".join([*table(COLUMNS, shown(found)), "", *table(VLLM_COLUMNS, vllm_shown(found.get("vllm", {})))]))
 
 
 COLUMNS = (
     *("runtime", "network", "MACs of dense", "prefill tokens/s: best, median", "speed-up", "share of ideal"),
     *("decode tokens/s: best, median", "speed-up"),
 )
+
+
+VLLM_COLUMNS = ("network", "requests", "CPU ms a prompt token", "of dense", "CPU ms a generated token", "of dense")
+
+
+def vllm_shown(result: Row) -> Iterator[list[object]]:
+    """Yield CPU milliseconds per token in vLLM and their ratio to the dense network's, per number of requests."""
+    every = result.get("rows", [])
+    for row in every:
+        dense = next(one for one in every if (one["network"], one["requests"]) == ("dense", row["requests"]))
+        cells = [(f"{1e3 * row[act][0]:.2f}", f"{row[act][0] / dense[act][0]:.2f}") for act in ("prefill", "decode")]
+        yield [row["network"], row["requests"], *cells[0], *cells[1]]
 
 
 def shown(result: Row) -> Iterator[list[str]]:

@@ -93,12 +93,14 @@ STAGES = {
     "gprune, no stage": {**UNLEARNED, "partition": "layer", "switch": "never"},
     "gprune, modules": {**UNLEARNED, "switch": "never"},
     "gprune, modules, switch": {**UNLEARNED, "switch": "unreliable"},
-    "gprune, modules, blend": {**UNLEARNED, "switch": "blend"},
     "gprune, random modules, switch": {**UNLEARNED, "partition": "random", "switch": "unreliable"},
-    "gprune, random modules, blend": {**UNLEARNED, "partition": "random", "switch": "blend"},
+    "gprune, whole layers, switch": {**UNLEARNED, "partition": "layer", "switch": "unreliable"},
     "gprune, modules, always": {**UNLEARNED, "switch": "always"},
-    "gprune, learned, switch": {"steps": 20, "start": "inner", "switch": "unreliable"},
-    "gprune, learned, blend": {"steps": 20, "start": "inner", "switch": "blend"},
+    "gprune, modules, reversed": {**UNLEARNED, "switch": "reversed"},
+    "gprune, modules, blend": {**UNLEARNED, "switch": "blend"},
+    "gprune, random modules, blend": {**UNLEARNED, "partition": "random", "switch": "blend"},
+    "gprune, even blend": {**UNLEARNED, "switch": "even"},
+    "gprune, learned, switch": {"start": "inner", "switch": "unreliable"},
 }
 ARMS |= {name: Arm("gprune", settings, inner=False, fits=False) for name, settings in STAGES.items()}
 

@@ -1,9 +1,10 @@
 """Pruned language models in the programs that load them, and whether all of them foresee the same next token.
 
-    python recipes/five_places.py RUN … --plain PYTHON --llama-cpp PYTHON --vllm PYTHON
+    python recipes/five_places.py RUN … --plain PYTHON --llama-cpp PYTHON --vllm PYTHON --openvino PYTHON
 
 The places: regrow (the reference, in float32); transformers in PYTHON, an interpreter with torch and transformers where
-regrow is not installed; onnxruntime; llama.cpp and vLLM, in interpreters that have xllamacpp and vllm; and lm-eval.
+regrow is not installed; onnxruntime and OpenVINO, which read one file; llama.cpp and vLLM, in interpreters that have
+xllamacpp and vllm; and lm-eval.
 `--skip lm-eval uses` leaves out two. transformers and lm-eval read the run folder itself, vLLM what `regrow export --to
 transformers` makes of it. The prompts are windows of real text of four kinds, from their evaluation halves. Told per
 place: of how many prompts the next token is another one and by how much torch prefers its own, the largest difference
@@ -93,6 +94,14 @@ def ask(ids):
     ids = numpy.array([ids])
     return session.run(None, {"input_ids": ids, "attention_mask": numpy.ones_like(ids)})[0][0, -1]
 speak(ask, "onnxruntime")
+""",
+    "openvino": """
+import openvino
+network = openvino.compile_model(str(folder / "model.onnx"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+def ask(ids):
+    ids = numpy.array([ids])
+    return network({"input_ids": ids, "attention_mask": numpy.ones_like(ids)})[0][0, -1]
+speak(ask, "openvino")
 """,
     "lm-eval": TORCH
     + """
@@ -237,7 +246,7 @@ def examined(run: Path, pythons: dict[str, str], args: Any) -> Row:
             raise SystemExit(problem)
         result["largest_logit"] = float(np.abs(np.load(folder / "regrow.npy")).max())
         result["loaded_as"] = regrow.export(run, folder / "exported", format="transformers").checked["loaded_as"]
-        if "onnxruntime" in pythons:
+        if {"onnxruntime", "openvino"} & set(pythons):
             regrow.export(run, folder / "model.onnx", format="onnx")
         if "llama.cpp" in pythons:
             regrow.export(run, folder / "model.gguf", format="gguf", dtype="f32")
@@ -255,9 +264,9 @@ def examined(run: Path, pythons: dict[str, str], args: Any) -> Row:
 def main() -> None:
     """Ask everywhere, and write."""
     sizes = {"prompts": 200, "tokens": 32, "greedy": 20, "steps": 16}
-    args = arguments(__doc__, OUT, {"run*": ()}, plain="", llama_cpp="", vllm="", skip=[str], **sizes)
+    args = arguments(__doc__, OUT, {"run*": ()}, plain="", llama_cpp="", vllm="", openvino="", skip=[str], **sizes)
     pythons = {"transformers": args.plain, "onnxruntime": sys.executable, "lm-eval": sys.executable}
-    pythons |= {"llama.cpp": args.llama_cpp, "vllm": args.vllm}
+    pythons |= {"llama.cpp": args.llama_cpp, "vllm": args.vllm, "openvino": args.openvino}
     pythons = {name: python for name, python in pythons.items() if python and name not in args.skip}
     for run in args.run:
         add(args.out, examined(Path(run).resolve(), pythons, args))

@@ -1,6 +1,7 @@
-"""Bytes against nats: SmolLM2-135M and pruned runs of it as GGUF files of 16 to 4 bits.
+"""Bytes against nats: SmolLM2-135M and pruned runs of it as GGUF files of 16 to 4 bits, and as int8 elsewhere.
 
     python recipes/quantised.py --texts FOLDER --runs dense RUN RUN2      # FOLDER: the files of corpora.py
+    python recipes/quantised.py … --dtypes torchao onnx                   # needs torchao and onnxruntime
     python recipes/quantised.py --show
 
 Each file is written, its weights are read back into the network, and that is measured in bfloat16 on the text of
@@ -10,12 +11,16 @@ multiplied by random factors from 0.7 to 1.4, what feeds them is divided. *rotat
 the next layers, and the residual stream is turned by a random orthogonal matrix. That needs a head of its own; it is
 counted once with its embedding, as in the other files. ``head``: the type of both.
 
+``torchao`` is its ``Int8WeightOnlyConfig``: all linear layers, head included, get integers of 8 bits, and what is left
+counts as float16. ``onnx`` is ``quantize_dynamic`` of onnxruntime on an exported file, which rounds inputs of layers,
+too. Both are measured in float32.
+
 ``lost``: nats per token more than the dense network in f16, with the standard error over domains. ``beside``: the best
 dense file of such weights that is at most 1.5 % larger, and how many nats more the row loses, paired by domain.
 """
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from itertools import product
 from pathlib import Path
@@ -27,9 +32,11 @@ import gguf
 import torch
 from harness import Row, add, arguments, rows, table
 from torch import Tensor, nn, no_grad
+from torch.nn.functional import cross_entropy
 from unseen import DOMAINS
 
-from regrow import load
+from regrow import export, load
+from regrow.core.sources import Batch, Source
 from regrow.data import Half, windows
 from regrow.evaluation import perplexity
 from regrow.exporters import gguf as exporter
@@ -123,6 +130,44 @@ def quantise(model: Any, dtype: str, head: str, folder: Path) -> tuple[Any, int]
     return changed, size
 
 
+def measure_torchao(model: Any, sources: Mapping[str, Source], folder: Path) -> tuple[dict[str, float], int]:
+    """Return nats per token of each domain with 8-bit weights by torchao, and bytes."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    changed = deepcopy(model)
+    quantize_(changed, Int8WeightOnlyConfig())
+    size = 0
+    for weight in changed.parameters():
+        if hasattr(weight, "qdata"):
+            size += weight.qdata.numel() + weight.scale.numel() * weight.scale.element_size()
+        else:
+            size += 2 * weight.numel()
+    return {name: round(perplexity(changed, source).mean, 4) for name, source in sources.items()}, size
+
+
+def measure_onnx(model: Any, sources: Mapping[str, Source], folder: Path) -> tuple[dict[str, float], int]:
+    """Return nats per token of each domain with 8-bit weights and inputs in onnxruntime, and bytes."""
+    import onnxruntime
+    from onnxruntime.quantization import quantize_dynamic
+
+    whole, small = folder / "model.onnx", folder / "int8.onnx"
+    export(model, whole, format="onnx")
+    quantize_dynamic(whole, small)
+    session = onnxruntime.InferenceSession(str(small), providers=["CPUExecutionProvider"])
+
+    def read(batch: Batch) -> float:
+        (ids,) = batch.args
+        logits = session.run(None, {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()})[0]
+        return float(cross_entropy(torch.from_numpy(logits[0, :-1]), ids[0, 1:]))
+
+    nats = {name: round(fmean(read(batch) for batch in source), 4) for name, source in sources.items()}
+    return nats, small.stat().st_size
+
+
+Measure = Callable[[Any, Mapping[str, Source], Path], tuple[dict[str, float], int]]
+OTHERS: dict[str, Measure] = {"torchao": measure_torchao, "onnx": measure_onnx}
+
+
 def summarise(row: Row, known: list[Row]) -> list[object]:
     """Return the cells of a row of the table."""
 
@@ -152,14 +197,17 @@ def main() -> None:
             command = run if run == "dense" else RunFolder.open(run).read_record()["command"].split(" --out")[0]
             WEIGHTS[weights](model)
             for dtype, head in product(args.dtypes, args.heads):
-                head = head if dtype.startswith(("q4", "q5")) else dtype.upper()
+                head = head if dtype.startswith(("q4", "q5")) else "" if dtype in OTHERS else dtype.upper()
                 kinds = {"weights": weights, "dtype": dtype, "head": head}
                 if any(row["command"] == command and kinds.items() <= row.items() for row in known):
                     continue
                 with tempfile.TemporaryDirectory() as folder:
-                    changed, size = quantise(model, dtype, head, Path(folder))
-                with no_grad(), autocasting(changed, "bfloat16"):
-                    nats = {name: round(perplexity(changed, source).mean, 4) for name, source in sources.items()}
+                    if dtype in OTHERS:
+                        nats, size = OTHERS[dtype](model, sources, Path(folder))
+                    else:
+                        changed, size = quantise(model, dtype, head, Path(folder))
+                        with no_grad(), autocasting(changed, "bfloat16"):
+                            nats = {name: round(perplexity(changed, one).mean, 4) for name, one in sources.items()}
                 known.append(add(args.out, {"command": command, **kinds, "bytes": size, "nats": nats}))
                 print(known[-1], flush=True)
     columns = ["network", "weights", "dtype", "head", "MB", "lost", "beside"]
