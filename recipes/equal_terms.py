@@ -11,6 +11,7 @@ and after the least squares of ``--reconstruct``. ``--keep`` counts the weights 
 
 Arms cut the same fraction of the MLP neurons of every block but the first eighth and last sixteenth, except: ``gprune``
 and ``default`` (what ``regrow prune`` does without ``--method``, without rounding) choose among all units.
+``fisher, all blocks`` prunes the first and last blocks, too, ``fisher, ranked`` ranks all units of all blocks.
 ``leverage`` ranks neurons by their ridge leverage scores, as MoDeGPT does for MLPs; with the fit it is Nyström's.
 ``gprune, …`` are its components, one by one, on MLP neurons of the same blocks, without the fit. ``sliced`` and
 ``sliced_normalised`` are SliceGPT at as many stored weights (``slicing.py``), which has no other fit.
@@ -87,6 +88,8 @@ ARMS = {
     "sliced_normalised": Arm("sliced", {"normalised": True}),
     "default": Arm("flap", {"allocation": "measured"}, (), False),
     "gprune": Arm("gprune", {}, (), False),
+    "fisher, all blocks": Arm("fisher", UNIFORM, inner=False),
+    "fisher, ranked": Arm("fisher", {"allocation": "ranked"}, (), False),
 }
 UNLEARNED = {"steps": 0, "start": "inner"}
 STAGES = {
