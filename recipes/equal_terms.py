@@ -255,31 +255,41 @@ def lost(row: Row, every: Sequence[Row]) -> dict[str, float]:
     return {name: row["nats"][name] - value for name, value in dense["nats"].items()}
 
 
-def average(found: Sequence[Mapping[str, float]]) -> str:
+def average(found: Sequence[Mapping[str, float]], sign: str = "") -> str:
     """Return the mean and its standard error over domains, each the mean over the rows that have it."""
     domains = {name for one in found for name in one}
     values = [fmean(one[name] for one in found if name in one) for name in sorted(domains)]
-    return f"{fmean(values):.3f} ± {stdev(values) / len(values) ** 0.5:.3f}"
+    return f"{fmean(values):{sign}.3f} ± {stdev(values) / len(values) ** 0.5:.3f}"
 
 
 def show(every: Sequence[Row]) -> Iterator[str]:
-    """Yield the table: nats lost, and the difference from ``flap`` on the same text with the same fit."""
+    """Yield a table per model, size and text: nats lost, and the difference from ``flap`` with the same fit."""
     cut = [row for row in every if row["arm"] != "dense"]
-    kinds = dict.fromkeys((row["model"], row["keep"], row["text"], row["fit"], row["arm"]) for row in cut)
-    lines = []
-    for model, keep, text, fit, arm in sorted(kinds, key=lambda kind: (kind[0], -kind[1], kind[2], kind[3])):
-        same = [row for row in cut if (row["model"], row["keep"], row["text"], row["fit"]) == (model, keep, text, fit)]
-        own = {(row["fold"], row["sample"]): lost(row, every) for row in same if row["arm"] == arm}
-        rival = {(row["fold"], row["sample"]): lost(row, every) for row in same if row["arm"] == "flap"}
-        pairs = [{name: own[at][name] - rival[at][name] for name in own[at]} for at in own if at in rival]
-        kept = fmean(row["kept"] for row in same if row["arm"] == arm)
-        against = average(pairs) if pairs and arm != "flap" else ""
-        lines.append(
-            [model, keep, text, "yes" if fit else "no", arm, len(own), f"{kept:.3f}", average([*own.values()])]
-        )
-        lines[-1].append(against)
-    columns = ["model", "keep", "text", "fit", "arm", "cuts", "kept", "nats lost", "against `flap`"]
-    yield from table(columns, lines)
+    kinds = dict.fromkeys((row["model"], -row["keep"], row["text"]) for row in cut)
+    for model, keep, text in sorted(kinds, key=lambda kind: (kind[0] != "smollm2-135m", kind[2] != "written", kind[1])):
+        same = [row for row in cut if (row["model"], -row["keep"], row["text"]) == (model, keep, text)]
+        lines = [
+            [arm, *summarise([row for row in same if row["arm"] == arm], same, every)]
+            for arm in ARMS
+            if any(row["arm"] == arm for row in same)
+        ]
+        yield from (f"{model}, keep {-keep}, {text} text", "")
+        yield from table(["arm", "cuts", "lost", "to `flap`", "lost, with fit", "to `flap`"], lines)
+        yield ""
+
+
+def summarise(own: Sequence[Row], same: Sequence[Row], every: Sequence[Row]) -> list[str]:
+    """Return the cells of an arm: the number of cuts, and without and with the fit nats lost, and those to ``flap``."""
+    cells = [str(len({(row["fold"], row["sample"]) for row in own}))]
+    for fit in (False, True):
+        found = {(row["fold"], row["sample"]): lost(row, every) for row in own if row["fit"] is fit}
+        rival = {
+            (row["fold"], row["sample"]): lost(row, every) for row in same if row["arm"] == "flap" and row["fit"] is fit
+        }
+        pairs = [{name: found[at][name] - rival[at][name] for name in found[at]} for at in found if at in rival]
+        differs = pairs and own[0]["arm"] != "flap"
+        cells += [average([*found.values()]) if found else "", average(pairs, "+") if differs else ""]
+    return cells
 
 
 def main() -> None:

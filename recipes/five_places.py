@@ -115,6 +115,7 @@ speak(ask, "lm-eval")
 import xllamacpp
 settings = xllamacpp.CommonParams()
 settings.model.path, settings.n_ctx, settings.n_parallel = str(folder / "model.gguf"), 256, 1
+settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1  # two wait for each other beside other work
 settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
 settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED  # it rounds to float16
 server = xllamacpp.Server(settings)

@@ -180,7 +180,7 @@ def show(every: list[Row]) -> Iterator[str]:
         own = lost({**row, "model": "smollm2-135m"}, equal)
         rivals = (one for one in every if "nats" in one and one["arm"] == "flap" != row["arm"])
         same = next((one for one in rivals if all(one[key] == row[key] for key in KEYS[1:])), None)
-        against = average([{name: row["nats"][name] - same["nats"][name] for name in own}]) if same else ""
+        against = average([{name: row["nats"][name] - same["nats"][name] for name in own}], "+") if same else ""
         cells = [row[key] for key in KEYS]
         lines.append([*cells, row.get("held_out", ""), average([own]), against, row.get("seconds", "")])
     yield from table([*KEYS, "held out", "nats lost", "against `flap`", "seconds"], lines)

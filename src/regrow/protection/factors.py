@@ -23,7 +23,7 @@ from regrow.scoring.watch import RECURRENT, find_inputs
 from regrow.training.learner import Context, Stream
 
 Factors = Mapping[str, AxisTensor]
-BATCH = 50  # examples whose gradients are summed before they are squared
+BATCH, POSITIONS = 50, 2048  # the most examples, and labels, whose gradients are summed before they are squared
 LARGEST = 2048  # a factor of a layer with more inputs, or outputs, is its diagonal alone
 
 
@@ -236,7 +236,8 @@ def add_factors(factors: Factors, context: Context, samples: int) -> dict[str, A
     train, result = context.task.train, dict(factors)
     examples = train.take(torch.randperm(len(train), generator=context.generator(Stream.FISHER_EXAMPLES))[:samples])
     labels = context.generator(Stream.FISHER_LABELS)
-    for key, value in measure_factors(context.model, examples.batches(BATCH), labels, context.classes).items():
+    batches = examples.batches(max(1, min(BATCH, POSITIONS * len(examples) // examples.labels.numel())))
+    for key, value in measure_factors(context.model, batches, labels, context.classes).items():
         name, _, part = key.rpartition(" ")
         outputs, *inputs = context.axes.shapes[name]
         shape = context.parameters()[name].shape[1:]
