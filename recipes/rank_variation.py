@@ -4,7 +4,7 @@
     python recipes/rank_variation.py --show               print the table of the committed result
 
 The windows of a domain are divided into four shards; one-way random effects over them tell variation between domains
-from sampling noise. ``--texts`` is as for ``width_pruning.py``. Nothing is pruned.
+from sampling noise. ``--texts`` is the folder of ``corpora.py``. Nothing is pruned.
 """
 
 import json
@@ -13,11 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from equal_terms import FOLDS, Bench
 from harness import Row, arguments, table, write
-from width_pruning_bench import WidthPruningBench
-from width_pruning_points import FOLDS
 
 from regrow.core.scores import Need
+from regrow.data import Half
+from regrow.nets.devices import autocasting
 from regrow.scoring.collect import collect
 from regrow.scoring.metrics import wanda_sp, wifv
 from regrow.scoring.spaces import make_ranking_spaces, rank_units, spectrum
@@ -33,9 +34,10 @@ COLUMNS = (
 
 def measure(args: Namespace) -> dict[str, Any]:
     """The variation of ranks of each ranking space, by metric."""
-    bench = WidthPruningBench(args)
-    sources = [bench.calibration(name, 0) for fold in FOLDS for name in fold]
-    found = collect(bench.model, bench.axes, sources, {Need.ACTIVATIONS}, shards=SHARDS)
+    bench = Bench(args)
+    sources = [bench.read(name, args.windows, Half.CALIBRATION) for fold in FOLDS for name in fold]
+    with autocasting(bench.model, bench.precision):
+        found = collect(bench.model, bench.axes, sources, {Need.ACTIVATIONS}, shards=SHARDS)
     weights, units = weights_of(bench.model), bench.axes.units()
     among, rows = make_ranking_spaces(units), {}
     for name, score in METRICS.items():
@@ -101,7 +103,7 @@ def draw(out: Path, result: Mapping[str, Any]) -> None:
 
 def main() -> None:
     """Measure, or print and draw."""
-    args = arguments(__doc__, OUT, texts=Path("texts"), model="smollm2-135m", dtype="bfloat16", windows=16)
+    args = arguments(__doc__, OUT, texts=Path("texts"), model="smollm2-135m", windows=16)
     if not args.show:
         write(args.out, measure(args))
         draw(args.out, json.loads(args.out.read_text()))

@@ -8,6 +8,7 @@ import torch
 
 from cli.conftest import Run, RunOnce
 from regrow.nets import load as load_by_name
+from regrow.reports.quantities import significant
 from regrow.store import load
 from regrow.store.ledger import Ledger, replay
 from regrow.store.run_folder import RunFolder
@@ -129,9 +130,12 @@ def test_methods_that_need_probabilities_learn_text(regrow: Run, tiny_language_m
     for name in ("naive", method):
         given = ("--set", "samples=16") if name in ("ewc", "laplace", "gpm", "sparsegrow") else ()
         command = ("learn", "news", "code", "--model", str(tiny_language_model), "--method", name, *words, *given)
-        code, _, err = regrow(*command, "--out", name)
+        code, out, err = regrow(*command, "--out", name)
         assert code == 0, err
-        matrix = next(row for row in RunFolder(Path(name)).metrics() if row["what"] == "matrix")["matrix"]
+        rows = RunFolder(Path(name)).metrics()
+        matrix = next(row for row in rows if row["what"] == "matrix")["matrix"]
+        losses = [row["nats"] for row in rows if row["what"] == "task"][-1]
+        assert f"news {significant(losses[0])}, code {significant(losses[1])}" in out
         lost[name] = matrix[0][0] - matrix[1][0]
     assert lost[method] <= lost["naive"]
 

@@ -166,6 +166,9 @@ def _summarise_learning(run: Run) -> Summary:
         remark = "of each task, just after learning it"
         figures.append(SummaryRow("Learning accuracy", q.percent(end.learning), remark=remark))
         figures.append(SummaryRow("Forgetting", q.points(end.forgetting), remark="best earlier accuracy minus final"))
+    if results.records and (nats := results.records[-1].nats):
+        each = [f"{name} {q.significant(value)}" for name, value in zip(results.names, nats, strict=False)]
+        figures.append(SummaryRow("Final loss, nats per token", q.significant(q.mean(nats)), remark=", ".join(each)))
     if sizes:
         counted = "1 growth" if growths == 1 else f"{growths} growths"
         remark = f"{q.count(sizes[0])} after the first task; {counted}" if growths else ""

@@ -132,6 +132,7 @@ class TaskRow(msgspec.Struct, frozen=True):
     macs: Count | None = None  # of one example
     remembered: Count | None = None  # bytes of the method's masks, factors and examples
     seconds: Figure = None  # the time that learning it took
+    nats: list[Figure] = []  # of text: the loss per token on every task known by then
 
     def __post_init__(self) -> None:
         if len(self.accuracy) <= self.task:

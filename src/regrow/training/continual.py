@@ -157,21 +157,24 @@ class _TaskObserver(Observer[S]):
     ranks: ProcessRank
     start: float = field(default_factory=perf_counter)  # when the task began, in seconds
 
-    def accuracies(self, state: S, context: Context) -> tuple[float, ...]:
-        """Return a row of the accuracy matrix: the accuracy on every task after training on task ``context.number``."""
+    def accuracies(self, state: S, context: Context, objective: Objective | None = None) -> tuple[float, ...]:
+        """Return a row of the accuracy matrix: the accuracy on every task after training on task ``context.number``.
+
+        ``objective``: whose score is measured; ``None``: that of the training.
+        """
         row = []
         for number in range(len(self.tasks)):
             evaluation = replace(context, eval_task=number, classes=None)
             with parametrize(context.model, self.learner.parametrize(state, evaluation).values):
-                row.append(self._score(context, number))
+                row.append(self._score(context, number, objective))
         return tuple(row)
 
-    def _score(self, context: Context, number: int) -> float:
+    def _score(self, context: Context, number: int, objective: Objective | None = None) -> float:
         """Return the accuracy on a task, after training on ``context.number``; NaN if its examples are gone."""
         if self.tasks[number].gone:
             return nan
         classes = _allowed_classes(self.schedule, self.tasks, trained=context.number, evaluated=number)
-        return mean_score(context.model, self.tasks[number].test, self.schedule.objective, classes)
+        return mean_score(context.model, self.tasks[number].test, objective or self.schedule.objective, classes)
 
     def before_plan(self, state: S, context: Context) -> tuple[list[float], Tensor]:
         """Return accuracies on :func:`select_probed_tasks`, and the logits of 256 test examples of the current task."""
@@ -207,8 +210,10 @@ class _TaskObserver(Observer[S]):
     def task_end(self, state: S, context: Context) -> tuple[tuple[float, ...], dict[str, Any]]:
         """Return (accuracy on every task, row of sizes and of the seconds that the task took) after a task."""
         with share_rows(context.model, self.ranks):
-            row = self.accuracies(state, context)
-        sizes = measure_task_sizes(context, axis_tensors(state)) | {"seconds": round(perf_counter() - self.start, 2)}
+            row, sizes = self.accuracies(state, context), measure_task_sizes(context, axis_tensors(state))
+            if self.schedule.objective is NEXT_TOKEN:
+                sizes["nats"] = [-score for score in self.accuracies(state, context, replace(NEXT_TOKEN, score=None))]
+        sizes["seconds"] = round(perf_counter() - self.start, 2)
         self.start = perf_counter()
         return row, sizes
 
