@@ -129,12 +129,15 @@ def test_methods_that_need_probabilities_learn_text(regrow: Run, tiny_language_m
     lost = {}
     for name in ("naive", method):
         given = ("--set", "samples=16") if name in ("ewc", "laplace", "gpm", "sparsegrow") else ()
+        given += ("--set", "grow=start") if name == "laplace" else ()
         command = ("learn", "news", "code", "--model", str(tiny_language_model), "--method", name, *words, *given)
         code, out, err = regrow(*command, "--out", name)
         assert code == 0, err
         rows = RunFolder(Path(name)).metrics()
         matrix = next(row for row in rows if row["what"] == "matrix")["matrix"]
-        losses = [row["nats"] for row in rows if row["what"] == "task"][-1]
+        first, last = (row for row in rows if row["what"] == "task")
+        assert (first["parameters"] < last["parameters"]) == (name in ("laplace", "sparsegrow"))  # a gated MLP grows
+        losses = last["nats"]
         assert f"news {significant(losses[0])}, code {significant(losses[1])}" in out
         lost[name] = matrix[0][0] - matrix[1][0]
     assert lost[method] <= lost["naive"]

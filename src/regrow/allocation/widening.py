@@ -187,11 +187,12 @@ def plan_insertions(stacks: Mapping[str, Stack], increases: Mapping[str, Increas
 
 
 def growable_axes(axes: AxisGraph) -> tuple[Axis, ...]:
-    """Return the axes that a learner may widen: those whose units a single weight produces.
+    """Return the axes that a learner may widen: neurons of MLPs, and those whose units a single weight produces.
 
-    A residual stream is produced by several weights, and is left out.
+    A residual stream, which several weights produce, is left out.
     """
-    return tuple(axis for axis in axes.units() if not axis.narrow and len(producing_weights(axis, axes)) == 1)
+    kinds, free = classify_axes(axes), [axis for axis in axes.units() if not axis.narrow]
+    return tuple(a for a in free if kinds.get(a.key) == "mlp" or len(producing_weights(a, axes)) == 1)
 
 
 def producing_weights(axis: Axis, axes: AxisGraph) -> tuple[str, ...]:
