@@ -104,7 +104,7 @@ def _protected_entries(state: PackNetState, context: Context) -> dict[str, Tenso
 
 
 def _prune(state: PackNetState, context: Context, share: float) -> PackNetState:
-    """Set the fraction ``share`` of each weight's free entries that is smallest to 0, in place; at least one entry.
+    """Set the fraction ``share`` of each weight's free entries that is smallest to 0, in place.
 
     The task now owns the other free entries, in ``state.owner``. Return the state with ``pruned`` set.
     """
@@ -112,10 +112,9 @@ def _prune(state: PackNetState, context: Context, share: float) -> PackNetState:
         for name in context.weights:
             weight, owner = context.parameters()[name], state.owner[name].values
             free = owner == 0
-            count = int(free.sum())
-            if count:
-                threshold = weight[free].abs().kthvalue(max(1, round(share * count))).values
-                zeroed = free & (weight.abs() <= threshold)
-                owner[free & ~zeroed] = context.number + 1
-                weight.masked_fill_(zeroed, 0.0)
+            zeroed = torch.zeros_like(free)
+            if count := round(share * int(free.sum())):
+                zeroed = free & (weight.abs() <= weight[free].abs().kthvalue(count).values)
+            owner[free & ~zeroed] = context.number + 1
+            weight.masked_fill_(zeroed, 0.0)
     return replace(state, pruned=True)

@@ -107,8 +107,8 @@ def _values(tensors: Mapping[str, AxisTensor]) -> dict[str, Tensor]:
 def _select_largest(scores: Tensor, share: float) -> Tensor:
     """Return a bool mask, true for the ``share`` (a fraction) of the scores with the largest absolute values."""
     magnitudes = scores.abs()
-    threshold = magnitudes.flatten().kthvalue(max(1, round((1 - share) * magnitudes.numel()))).values
-    return magnitudes >= threshold
+    smaller = min(round((1 - share) * magnitudes.numel()), magnitudes.numel() - 1)
+    return magnitudes >= magnitudes.flatten().kthvalue(smaller + 1).values
 
 
 class _SelectLargest(torch.autograd.Function):
