@@ -67,6 +67,7 @@ class Run:
     axes: AxisGraph
     rate: float
     seed: int
+    precision: str
     number: int = 0  # of the domain that is learned
     step: int = 0
     train: list[Tensor] = field(default_factory=list)  # its batches, ``[BATCH, SEQ_LEN]`` each
@@ -104,8 +105,9 @@ def read_moments(run: Run) -> dict[str, Tensor]:
         return add_products
 
     hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in run.layers.items()]
-    for batch in run.train[: GUARDED // BATCH]:
-        run.model(batch)
+    with autocasting(run.model, run.precision):
+        for batch in run.train[: GUARDED // BATCH]:
+            run.model(batch)
     for hook in hooks:
         hook.remove()
     return {name: total / total.diagonal().mean() for name, total in found.items()}
@@ -187,7 +189,8 @@ def read_rows(run: Run) -> dict[str, Tensor]:
 
     layers = {name: layer for name, layer in run.layers.items() if name.endswith(("gate_proj", "up_proj"))}
     hooks = [layer.register_forward_pre_hook(keep(name)) for name, layer in layers.items()]
-    run.model(run.train[0])
+    with autocasting(run.model, run.precision):
+        run.model(run.train[0])
     for hook in hooks:
         hook.remove()
     return found
@@ -219,7 +222,8 @@ def guard(run: Run) -> None:
     task = Task("", Examples(ids, ids), Examples(ids, ids), (0,))
     context = Context(run.model, run.axes, task, run.number, seed=run.seed, objective=NEXT_TOKEN)
     run.guards = {}
-    run.factors = add_factors(run.factors, context, GUARDED)
+    with autocasting(run.model, run.precision):
+        run.factors = add_factors(run.factors, context, GUARDED)
     counted = Context(run.model, run.axes, task, run.number + 1, seed=run.seed, objective=NEXT_TOKEN)
     run.guards = build_guards(run.factors, counted, copy_parameters(context), 0.1)
     return_memory()
@@ -273,11 +277,10 @@ ARMS: Mapping[str, Arm] = {
 }
 
 
-def learn(run: Run, arm: Arm, batches: list[Tensor], precision: str) -> int:
+def learn(run: Run, arm: Arm, batches: list[Tensor]) -> int:
     """Learn a domain in place; return the number of trained weights."""
     run.train, run.step = batches, 0
-    with autocasting(run.model, precision):
-        arm.begin(run)
+    arm.begin(run)
     parameters = dict(run.model.named_parameters())
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in run.trained)
@@ -289,7 +292,7 @@ def learn(run: Run, arm: Arm, batches: list[Tensor], precision: str) -> int:
         for group in optimizer.param_groups:
             group["lr"] = run.rate * min(1.0, run.step / 10)
         ids = arm.batch(run, batch)
-        with autocasting(run.model, precision):
+        with autocasting(run.model, run.precision):
             loss = run.model(ids, labels=ids, use_cache=False).loss
         loss.backward()
         for parameter, mask in masks:
@@ -304,8 +307,7 @@ def learn(run: Run, arm: Arm, batches: list[Tensor], precision: str) -> int:
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     del optimizer, own, masks
-    with autocasting(run.model, precision):
-        arm.end(run)
+    arm.end(run)
     run.seen += batches[:: max(1, len(batches) // 20)]
     run.number += 1
     return int(sum(counts))
@@ -315,14 +317,13 @@ def compute(args: Namespace, point: Row, texts: Mapping[str, Any], loaded: Loade
     """Return the row of a run: losses on all domains before, and after each one."""
     model, start = copy.deepcopy(loaded.model), time.perf_counter()
     axes = trace(model, *loaded.example.args, **loaded.example.kwargs)
-    precision, arm = choose_precision(model), ARMS[point["arm"]]
-    run = Run(loaded, model, axes, point["rate"], point["seed"])
+    run = Run(loaded, model, axes, point["rate"], point["seed"], choose_precision(model))
     order = ORDERS[point["order"]][: 2 if point["table"] == "rates" else 4]
     options: dict[str, Any] = {"seq_len": 256, "n": 16, "half": Half.EVALUATION, "batch_size": 8}
     tests = {name: windows(texts[name](), loaded.tokenizer, **options) for name in (*order, OLD)}
 
     def measure() -> dict[str, float]:
-        with autocasting(run.model, precision), torch.no_grad():
+        with autocasting(run.model, run.precision), torch.no_grad():
             return {name: round(perplexity(run.model, test).mean, 4) for name, test in tests.items()}
 
     losses, trained = [measure()], 0
@@ -330,11 +331,11 @@ def compute(args: Namespace, point: Row, texts: Mapping[str, Any], loaded: Loade
         source = windows(
             texts[name](), loaded.tokenizer, n=args.steps * BATCH, seq_len=SEQ_LEN, seed=point["seed"], batch_size=BATCH
         )
-        trained = learn(run, arm, [batch.args[0] for batch in source], precision)
+        trained = learn(run, ARMS[point["arm"]], [batch.args[0] for batch in source])
         losses.append(measure())
         print(f"{point['arm']}, rate {point['rate']}, {name}: {losses[-1]}", flush=True)
     size = sum(p.numel() for p in run.model.parameters())
-    row = {"losses": losses, "trained": trained, "parameters": size, "precision": precision}
+    row = {"losses": losses, "trained": trained, "parameters": size, "precision": run.precision}
     return {**point, **row, "seconds": round(time.perf_counter() - start)}
 
 
