@@ -175,8 +175,9 @@ def add_neurons(run: Run, *, by_data: bool = False) -> None:
         layer = entries.name.removeprefix("model.").removesuffix(".weight")
         if layer in inputs and entries.dim == 0:
             old = parameters[entries.name][list(entries.old)].norm(dim=1).mean()
-            first, second = torch.randint(len(inputs[layer]), (2, len(entries.where)), generator=random)
-            entries.set(run.model, old * project(run, layer, inputs[layer][first] - inputs[layer][second]))
+            pairs = torch.randperm(len(inputs[layer]), generator=random)[: 2 * len(entries.where)]
+            first, second = inputs[layer][pairs].chunk(2)
+            entries.set(run.model, old * project(run, layer, first - second))
 
 
 @torch.no_grad()

@@ -239,6 +239,16 @@ def test_a_wrong_cut_is_refused_and_changes_nothing(name: str, spoiled: Any) -> 
         apply(model, axes, plan)
 
 
+@pytest.mark.parametrize("grow", [0, 2])
+def test_weights_that_are_not_finite_are_named_as_the_cause(grow: int) -> None:
+    model = nn.Sequential(nn.Linear(4, 7), nn.ReLU(), nn.Linear(7, 3))
+    axes = trace(model, torch.randn(2, 4))
+    model[2].weight.data[0, 0] = torch.nan
+    plan = Plan.growing(axes, {"0.weight:0": grow}) if grow else Plan.keeping(axes, {"0.weight:0": range(3)})
+    with pytest.raises(PlanError, match="not finite; check"):
+        apply(model, axes, plan)
+
+
 @pytest.mark.parametrize("rule", ["zero_out", "split"])
 def test_newborn_units_that_are_heard_are_refused(rule: str, spoiled: Any) -> None:
     model, axes = trace_zoo("llama")

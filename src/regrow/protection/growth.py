@@ -116,7 +116,8 @@ def direct_new_units(guards: Guards, context: Context, plan: Plan, directions: s
         reads = now[where] != 0
         if entries.name in inputs:
             pairs = torch.randint(len(inputs[entries.name]), (2, len(where)), generator=generator).to(now.device)
-            first, second = (inputs[entries.name][part] for part in pairs)
+            pairs[1] += pairs[0] == pairs[1]  # no input beside itself
+            first, second = (inputs[entries.name][part % len(inputs[entries.name])] for part in pairs)
             now[where] = (first - second) * reads
         now[where] = guard.project(now[where], reads, strength)
         write_rows(parameters, now)

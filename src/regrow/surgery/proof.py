@@ -7,6 +7,7 @@ as the operations need it, and that is the same for all blocks of one class.
 
 from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from functools import cached_property
+from math import isfinite
 from typing import Any, NamedTuple
 
 import torch
@@ -100,6 +101,8 @@ def check_block(change: ProposedChange, block: GraphBlock) -> Deviation:
 
 def describe_difference(distance: float, largest: float) -> str:
     """Return the error message for a planned network that differs by ``distance``; ``largest``: the largest output."""
+    if not isfinite(distance):
+        return "the plan cannot be carried out: the network computes numbers that are not finite; check its weights"
     return (
         f"the plan cannot be carried out: what it leaves differs by {distance:.1e} from the masked network, whose "
         f"largest output is {largest:.1e} (float64); a fault of regrow, please report it"
@@ -293,10 +296,10 @@ class _Pair:
             verdicts[name] = measure_difference([exact], [written]).to(bound.device) <= bound
         if not all_true([*verdicts.values()]):
             name = next(name for name, same in verdicts.items() if not same)
-            raise PlanError(
-                f"the plan cannot be carried out: {name} would be cut otherwise than in float64; "
-                "a fault of regrow, please report it"
-            )
+            why = f"{name} would be cut otherwise than in float64; a fault of regrow, please report it"
+            if not change.ready.values[name].isfinite().all():
+                why = f"{name} has numbers that are not finite; check the weights"
+            raise PlanError(f"the plan cannot be carried out: {why}")
 
 
 def _exact_loader(
