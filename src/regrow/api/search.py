@@ -1,5 +1,6 @@
 """``regrow.search``: search the widths and candidate operations of a network for one of a given size."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -92,7 +93,7 @@ def search(
 
     >>> from torch import nn
     >>> inputs, net = torch.randn(80, 6), nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 2))
-    >>> result = search(net, (inputs, (inputs[:, 0] > 0).long()), smaller="50%", epochs=4)
+    >>> result = search(net, (inputs, (inputs[:, 0] > 0).long()), smaller="50%", epochs=8)
     >>> result.size <= result.target, result.model[0].out_features < 32
     (True, True)
     """
@@ -115,7 +116,8 @@ def _open_inputs(call: Call, test: object, config: Settings, optimizer: Optimize
     """
     example = Example() if call.example is None else call.example  # empty: the data are read below
     net = replace(call, data=None, validation=None, example=example, axes=None).read(run.progress)
-    check_epochs(config, net.model)
+    if note := check_epochs(config, net.model):
+        warnings.warn(note, stacklevel=4)
     task, test_examples = _read_task(net, (call.data, call.validation, test), config.batch_size, config.seed)
     first = first_batch(task)
     objective = find_objective(net.model, call.loss, first)
