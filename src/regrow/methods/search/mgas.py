@@ -128,7 +128,7 @@ class Mgas(Search):
         first, end = self.stage_bounds(epochs, self.stages - 1)
         if end - first - self.s.warm > self.s.every:
             return ""
-        return f"{epochs} epochs leave the last stage no cut before its end: more epochs, or the setting every=1, allow one"
+        return f"{epochs} epochs leave the last stage no cut before its end: more epochs, or every=1, allow one"
 
     def learning_rates(self, context: Context) -> tuple[float, float]:
         """Return (the learning rate of α and κ, that of thresholds)."""
