@@ -223,8 +223,7 @@ def guard(run: Run) -> None:
     task = Task("", Examples(ids, ids), Examples(ids, ids), (0,))
     context = Context(run.model, run.axes, task, run.number, seed=run.seed, objective=NEXT_TOKEN)
     run.guards = {}
-    with autocasting(run.model, run.precision):
-        run.factors = add_factors(run.factors, context, GUARDED)
+    run.factors = add_factors(run.factors, context, GUARDED)
     counted = Context(run.model, run.axes, task, run.number + 1, seed=run.seed, objective=NEXT_TOKEN)
     run.guards = build_guards(run.factors, counted, copy_parameters(context), 0.1)
     return_memory()
