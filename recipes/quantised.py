@@ -12,7 +12,7 @@ the next layers, and the residual stream is turned by a random orthogonal matrix
 counted once with its embedding, as in the other files. ``head``: the type of both.
 
 ``torchao`` is its ``Int8WeightOnlyConfig``: all linear layers, head included, get integers of 8 bits, and what is left
-counts as float16. ``onnx`` is ``regrow export --to onnx`` with ``dtype="int8"``, which rounds inputs of layers, too, and
+counts as float16. ``onnx`` is ``regrow export --to onnx`` with ``dtype="int8"``, which also rounds inputs of layers and
 leaves some layers in float32. Both are measured in float32.
 
 ``lost``: nats per token more than the dense network in f16, with the standard error over domains. ``beside``: the best
