@@ -39,14 +39,14 @@ from regrow.tracing.nodes import op_name, uncast
 from regrow.tracing.readings import GraphBlock
 from regrow.tracing.steps import list_operations
 
-# How many units in the last place a tensor may differ from its value in float64
-ROUNDING = 16
+ROUNDING = 16  # how many units in the last place a tensor may differ from its value in float64
 # How many blocks of a class are checked at most: the smallest, the largest, and others if all are small
 PER_CLASS = 4
 # The most entries in the tensors of a block that counts as small
 SMALL = 2**18
 # Entries of each spatial dimension that a block is tested with, if its operations allow any size
 CROP = 3
+FAULT, NOT_FINITE = "a fault of regrow, please report it", "not finite; check its weights"
 
 
 class Deviation(NamedTuple):
@@ -101,12 +101,13 @@ def check_block(change: ProposedChange, block: GraphBlock) -> Deviation:
 
 def describe_difference(distance: float, largest: float) -> str:
     """Return the error message for a planned network that differs by ``distance``; ``largest``: the largest output."""
-    if not isfinite(distance):
-        return "the plan cannot be carried out: the network computes numbers that are not finite; check its weights"
-    return (
-        f"the plan cannot be carried out: what it leaves differs by {distance:.1e} from the masked network, whose "
-        f"largest output is {largest:.1e} (float64); a fault of regrow, please report it"
-    )
+    why = f"the network computes numbers that are {NOT_FINITE}"
+    if isfinite(distance):
+        why = (
+            f"what it leaves differs by {distance:.1e} from the masked network, whose largest output is {largest:.1e} "
+        )
+        why += f"(float64); {FAULT}"
+    return f"the plan cannot be carried out: {why}"
 
 
 def select_blocks(change: ProposedChange) -> list[GraphBlock]:
@@ -296,10 +297,9 @@ class _Pair:
             verdicts[name] = measure_difference([exact], [written]).to(bound.device) <= bound
         if not all_true([*verdicts.values()]):
             name = next(name for name, same in verdicts.items() if not same)
-            why = f"{name} would be cut otherwise than in float64; a fault of regrow, please report it"
-            if not change.ready.values[name].isfinite().all():
-                why = f"{name} has numbers that are not finite; check the weights"
-            raise PlanError(f"the plan cannot be carried out: {why}")
+            finite = bool(change.ready.values[name].isfinite().all())
+            why = f"would be cut otherwise than in float64; {FAULT}" if finite else f"has numbers that are {NOT_FINITE}"
+            raise PlanError(f"the plan cannot be carried out: {name} {why}")
 
 
 def _exact_loader(
