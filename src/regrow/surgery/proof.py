@@ -42,10 +42,8 @@ from regrow.tracing.steps import list_operations
 ROUNDING = 16  # how many units in the last place a tensor may differ from its value in float64
 # How many blocks of a class are checked at most: the smallest, the largest, and others if all are small
 PER_CLASS = 4
-# The most entries in the tensors of a block that counts as small
-SMALL = 2**18
-# Entries of each spatial dimension that a block is tested with, if its operations allow any size
-CROP = 3
+SMALL = 2**18  # the most entries in the tensors of a block that counts as small
+CROP = 3  # entries of each spatial dimension that a block is tested with, if its operations allow any size
 FAULT, NOT_FINITE = "a fault of regrow, please report it", "not finite; check its weights"
 
 
