@@ -114,9 +114,10 @@ def read_moments(run: Run) -> dict[str, Tensor]:
 
 
 def add_moments(run: Run) -> None:
-    """Count the inputs of a domain that was learned."""
-    found = read_moments(run)
-    run.moments = {name: run.moments.get(name, 0) + total for name, total in found.items()}
+    """Count the inputs of a domain that was learned; layers that were widened since, which no arm projects, anew."""
+    for name, total in read_moments(run).items():
+        before = run.moments.get(name)
+        run.moments[name] = total if before is None or before.shape != total.shape else before + total
 
 
 def project(run: Run, name: str, directions: Tensor) -> Tensor:
