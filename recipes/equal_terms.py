@@ -88,6 +88,8 @@ ARMS = {
     "sliced_normalised": Arm("sliced", {"normalised": True}),
     "default": Arm("flap", {"allocation": "measured"}, (), False),
     "gprune": Arm("gprune", {}, (), False),
+    "blocks and neurons": Arm("depth", {"unit": "block"}, (), False),
+    "modules and neurons": Arm("depth", {"unit": "any"}, (), False),
     "fisher, all blocks": Arm("fisher", UNIFORM, inner=False),
     "fisher, ranked": Arm("fisher", {"allocation": "ranked"}, (), False),
 }
