@@ -88,6 +88,15 @@ def test_what_a_stage_needs_with_its_masks_is_planned(space: str, memory: str, b
     assert 0.85 * plan.peak < watch.rows["0"].peak <= plan.peak
 
 
+@pytest.mark.parametrize("method", ["trials", "darts", "blind", "gold_nas"])
+def test_the_memory_of_every_method_is_predicted(method: str, tmp_path: Path) -> None:
+    """Trials hold a copy of the network and optimizer moments of their own."""
+    settings = Settings("mobile:4-1", "digits", "params=60%", method=method, memory="64MiB", **SMALL | {"retrain": 0})
+    folder = search_named(settings, Invocation(tmp_path / "run"))
+    (row,), (plan,) = rows(folder, "memory"), rows(folder, "stages")
+    assert 0.85 * plan["peaks"][0] < row["peak"] <= 1.15 * plan["peaks"][0]
+
+
 def test_a_step_in_which_masks_learn_is_measured_once_a_stage(tight: Any) -> None:
     """Weights learn alone in the first epoch of a stage, and need less."""
     assert [row["epoch"] for row in kept(tight)] == [2, 4]

@@ -218,6 +218,7 @@ def _search(
         cast(Staged, model).recomputed = True
     budget = parse_bytes(settings.memory) if settings.memory else 0
     watch = MemoryWatch(search, budget, settings.batch_size, dict(state.learner.memory))
+    search.around_trial = watch.measure_trial
     log = SearchRecord(record, watch, [("epoch", dict(row)) for row in state.learner.history], len(state.plans))
 
     def save(state: TrainState[SearchState], context: Context) -> None:

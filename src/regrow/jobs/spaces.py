@@ -1,7 +1,7 @@
 """Search spaces by name, the memory of their stages, and the plain network that remains after a search."""
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -37,9 +37,8 @@ STAGED: Mapping[str, tuple[type[Cells | Mobile], Callable[..., Mapping[str, Any]
     "cells": (Cells, cells.supernet_config, cells.build_prefix, "cells"),
     "mobile": (Mobile, mobile.supernet_config, mobile.build_prefix, "blocks"),
 }
-# The predicted memory of a step with masks is that of one without, times a factor, and these bytes per weight: some
-# always, and further ones for each granularity that is searched.
-MASK_FACTOR, BYTES_PER_WEIGHT, GRANULARITY_BYTES = 1.02, 60, {"operations": 8, "filters": 14, "weights": 22}
+# The predicted memory of a step with masks is that of one without, times this, and ``Search.mask_bytes`` per weight.
+MASK_FACTOR = 1.02
 
 
 def build_space(
@@ -115,7 +114,7 @@ def _plan_stages_in_memory(settings: Settings, task: Task, build: Callable[..., 
             cast(Staged, prefix.net).recomputed = recomputes
             return prefix
 
-        peak = make_peak_predictor(search.masked, build_prefix, batch)
+        peak = make_peak_predictor(search.mask_bytes, build_prefix, batch)
         return replace(plan_stages(peak, parts, budget), recomputed=recomputes)
 
     try:
@@ -174,11 +173,11 @@ def rebuild_network(config: Mapping[str, Any], model: Cells | Mobile) -> Cells |
     return network.eval()
 
 
-def make_peak_predictor(masked: Collection[str], prefix: Callable[[int, int], Prefix], batch: Batch) -> Peak:
+def make_peak_predictor(mask_bytes: int, prefix: Callable[[int, int], Prefix], batch: Batch) -> Peak:
     """Return a function (index of the first part with all candidates, of the last that runs) → peak bytes of a stage.
 
-    ``masked``: which of operations, filters and weights have masks; ``prefix``: the same arguments → the network that
-    runs in the stage; ``batch``: of a training step.
+    ``mask_bytes``: :attr:`Search.mask_bytes`; ``prefix``: the same arguments → the network that runs in the stage;
+    ``batch``: of a training step.
     """
     step = _make_step()
 
@@ -187,7 +186,7 @@ def make_peak_predictor(masked: Collection[str], prefix: Callable[[int, int], Pr
         plain = predict_memory(partial(prefix, first, last), batch, step).peak
         with torch.device("meta"):
             weights = prefix(first, last).count_parameters()
-        return _add_mask_bytes(masked, plain, weights)
+        return int(MASK_FACTOR * plain) + mask_bytes * weights
 
     return peak
 
@@ -197,23 +196,13 @@ def predict_stage_bytes(search: Search, state: SearchState, context: Context, ba
     net = Prefix(context.model, search.space.part(state.stage))
     removed = context.undo.contents().values() if context.undo else ()
     cut_bytes = sum(tensor.untyped_storage().nbytes() for tensor in removed)
-    return (
-        _add_mask_bytes(search.masked, predict_memory(net, batch, _make_step()).peak, net.count_parameters())
-        + cut_bytes
-    )
+    plain = predict_memory(net, batch, _make_step()).peak
+    return int(MASK_FACTOR * plain) + search.mask_bytes * net.count_parameters() + cut_bytes
 
 
 def _make_step() -> Callable[[nn.Module, Batch], Any]:
     """Return a function (network, batch) that takes a step by SGD with momentum, for :func:`predict_memory`."""
     return make_training_step(partial(torch.optim.SGD, lr=0.1, momentum=0.9))
-
-
-def _add_mask_bytes(masked: Collection[str], plain: int, weights: int) -> int:
-    """Return the peak bytes of a step with masks; ``plain``: those without; ``weights``: how many entries masks are of.
-
-    ``masked``: which of operations, filters and weights are masked.
-    """
-    return int(MASK_FACTOR * plain) + (BYTES_PER_WEIGHT + sum(GRANULARITY_BYTES[name] for name in masked)) * weights
 
 
 @dataclass
@@ -245,6 +234,10 @@ class MemoryWatch:
             return self._measure(context, stage, trains)
         return nullcontext()
 
+    def measure_trial(self, state: SearchState, context: Context) -> AbstractContextManager[None]:
+        """Return a context manager around the training of proposals, which is measured where there is a budget."""
+        return self._measure(context, state.stage, trains=False, outside=1) if self.budget else nullcontext()
+
     def _fit_to_budget(self, state: SearchState, context: Context) -> int:
         """Return a stage's predicted peak in bytes, with the network's ``recomputed`` set if it must, or raise.
 
@@ -268,9 +261,13 @@ class MemoryWatch:
         return needed
 
     @contextmanager
-    def _measure(self, context: Context, stage: int, trains: bool) -> Iterator[None]:
-        """Context manager: measure a step that ``trains`` masks or not; keep the stage's latest row that needs most."""
+    def _measure(self, context: Context, stage: int, trains: bool, outside: int = 0) -> Iterator[None]:
+        """Context manager: measure steps that ``trains`` masks or not; keep the stage's latest row that needs most.
+
+        ``outside``: the number of moments of each parameter that exist besides those that the steps use.
+        """
         removed = context.undo.contents().values() if context.undo else ()
+        moments = outside * sum(p.nbytes for p in context.model.parameters())
         live = MemoryCounterMode([*context.model.parameters(), *context.model.buffers(), *removed])
         resident = start_peak_meter(device_of(context.model))
         with live:
@@ -280,12 +277,12 @@ class MemoryWatch:
             stage,
             context.epoch + 1,
             trains,
-            live.held,
-            live.peak,
-            None if extra is None else extra + live.held,
+            live.held + moments,
+            live.peak + moments,
+            None if extra is None else extra + live.held + moments,
             self.predictions.get(stage),
             cast(Staged, context.model).recomputed,
         )
         before = self.rows.get(f"{stage}", row)
-        if before.epoch < row.epoch or before.peak <= row.peak:
+        if before.joint < row.joint or before.peak <= row.peak:
             self.rows[f"{stage}"] = row

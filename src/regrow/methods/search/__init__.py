@@ -1,8 +1,8 @@
 """Architecture search: one file per paper, and here what all share: masks, hooks of the training loop, log rows."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any, cast
@@ -33,6 +33,8 @@ from regrow.methods.search.space import (
 from regrow.surgery.gate import parametrize
 from regrow.training.learner import Boundary, Context, Event, Learner, Loss, Replacements, Step, make_mask, task_loss
 
+# Function that returns a context manager around the training of proposals
+Around = Callable[[SearchState, Context], AbstractContextManager[None]]
 Commit = tuple[Plan | None, SearchState]  # a plan (``None``: no change), and the state after it was made
 
 
@@ -41,7 +43,7 @@ class Search(ABC):
 
     needs_epochs = True  # whether the search has to be trained
     stage_share = 1.0  # the fraction of its operations that a part of the network is expected to have after its stage
-    masked: tuple[str, ...] = GRANULARITIES  # the granularities whose masks need memory in a step
+    mask_bytes = 16  # bytes per weight that a step with masks needs beyond one without
     trains_thresholds = False  # whether masks pass gradients to thresholds
     second_share = 0.0  # as in Learner
     restores = False  # as in Learner
@@ -49,6 +51,7 @@ class Search(ABC):
     def __init__(self, s: Any, space: SearchSpace) -> None:
         self.space = space
         self.settings: Mapping[str, Any] = asdict(s)
+        self.around_trial: Around = lambda state, context: nullcontext()
 
     def check_epochs(self, epochs: int) -> None:
         """Raise ValueError if the search needs more than ``epochs``."""

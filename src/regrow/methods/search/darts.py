@@ -69,6 +69,7 @@ class Darts(Search):
         space = SearchSpace(s.target, Measure(s.measure), ("filters",), s.stages[-1:], removable=removable)
         super().__init__(s, space)
         self.s = s
+        self.mask_bytes = 2
 
     def masks(
         self, state: SearchState, context: Context, flat: Tensor | None = None, learning: bool = False

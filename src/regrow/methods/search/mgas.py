@@ -101,7 +101,8 @@ class Mgas(Search):
 
     def __init__(self, s: Settings) -> None:
         super().__init__(s, SearchSpace(s.target, Measure(s.measure), s.levels, s.stages))
-        self.s, self.stages, self.masked = s, max(1, len(s.stages)), s.levels
+        self.s, self.stages = s, max(1, len(s.stages))
+        self.mask_bytes = 60 + sum({"operations": 8, "filters": 14, "weights": 22}[name] for name in s.levels)
         self.searches_operations = "operations" in s.levels
         if self.searches_operations:
             self.stage_share = s.share + s.regrow * (1 - s.share)

@@ -83,7 +83,8 @@ class Trials(Search):
 
     def __init__(self, s: Settings) -> None:
         super().__init__(s, SearchSpace(s.target, Measure(s.measure), s.levels, s.stages[-1:]))
-        self.s, self.masked = s, s.levels
+        self.s = s
+        self.mask_bytes = 56 if "weights" in s.levels else 24  # with the weights and moments outside of a trial
 
     def check_epochs(self, epochs: int) -> None:
         """Raise ValueError if no epoch is left to train in after the last cut."""
@@ -148,7 +149,8 @@ class Trials(Search):
             draw = torch.randint(len(proposals), (1,), generator=context.generator(context.epoch, Stream.RESET))
             chosen = [*proposals][int(draw)]
         elif len(proposals) > 1:
-            losses = {name: try_masks(self, state, context, mask) for name, mask in proposals.items()}
+            with self.around_trial(state, context):
+                losses = {name: try_masks(self, state, context, mask) for name, mask in proposals.items()}
             chosen = choose_proposal(losses)
             if self.s.decide == "lowest":
                 chosen = min(losses, key=lambda name: float(losses[name].mean()))
