@@ -16,6 +16,7 @@ chosen before these rows were made.
 import copy
 import importlib.util
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def build(name: str, channels: int) -> nn.Module:
     return net
 
 
-def read_data(cifar: Path | None, images: int) -> tuple[Examples, Examples]:
+def read_data(cifar: Path | None, images: int, tests: int = 2000) -> tuple[Examples, Examples]:
     """Return training and test images with labels."""
     if cifar is None:
         task = load_digits()
@@ -64,7 +65,7 @@ def read_data(cifar: Path | None, images: int) -> tuple[Examples, Examples]:
 
     scale = transforms.Normalize((0.49, 0.48, 0.45), (0.25, 0.24, 0.26))
     change, found = transforms.Compose([transforms.ToTensor(), scale]), []
-    for part, n in (("train", images), ("test", 2000)):
+    for part, n in (("train", images), ("test", tests)):
         data = ImageFolder(cifar / part, change)
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:n].tolist()
         found.append((torch.stack([data[i][0] for i in order]), torch.tensor([data[i][1] for i in order])))
@@ -102,11 +103,13 @@ def count_macs(net: nn.Module, image: Tensor) -> int:
     return macs(regrow.trace(copy.deepcopy(net).eval(), image))
 
 
-def prune_by_peer(net: nn.Module, data: Examples, how: str) -> nn.Module:
-    """Return the network cut by Torch-Pruning to half its multiply–accumulates."""
+def prune_by_peer(
+    net: nn.Module, data: Examples, how: str, share: Callable[[nn.Module], float] | None = None
+) -> nn.Module:
+    """Return the network cut by Torch-Pruning until its ``share``, by default of multiply–accumulates, is half."""
     import torch_pruning as tp
 
-    image, whole = data[0][:1], count_macs(net, data[0][:1])
+    image, whole, steps = data[0][:1], count_macs(net, data[0][:1]), 16 if share is None else 32
     with torch.no_grad():
         outputs = [logits_in(net.eval()(image))]
     heads = peer.attention(net)
@@ -118,8 +121,8 @@ def prune_by_peer(net: nn.Module, data: Examples, how: str) -> nn.Module:
         net,
         image,
         importance=importance,
-        pruning_ratio=0.4,
-        iterative_steps=16,
+        pruning_ratio=0.4 if share is None else 0.8,
+        iterative_steps=steps,
         ignored_layers=peer.ignored(net, outputs),
         num_heads=dict(heads),
         prune_num_heads=bool(heads),
@@ -127,14 +130,14 @@ def prune_by_peer(net: nn.Module, data: Examples, how: str) -> nn.Module:
         head_pruning_ratio=0.4,
         output_transform=lambda output: logits_in(output).sum(),
     )
-    for _ in range(16):
+    for _ in range(steps):
         if how == "taylor":
             net.zero_grad()
             for x, y in zip(data[0].split(128), data[1].split(128), strict=True):
                 nn.functional.cross_entropy(logits_in(net(x)), y).backward()
         pruner.step()
         peer.restate(net, sizes)
-        if count_macs(net, image) <= whole / 2:
+        if (count_macs(net, image) / whole if share is None else share(net)) <= 0.5:
             break
     net.zero_grad(set_to_none=True)
     recalibrate(net, [[Batch((x,)) for x in data[0].split(128)]])
