@@ -7,9 +7,9 @@ torchvision's ResNet-18, with its stem, is trained for 15 epochs on 10,000 image
 ``PICTURES/train/CLASS/…``. Every arm starts from it and has 10 CPU minutes on one thread, those of its cut included.
 What is left of them is fine-tuning, with a rate that falls to 0 along a cosine. 10,000 images test, once. ``trials``
 and ``mgas`` are ``regrow.search`` with a loader and a loss, ``magnitude`` and ``default`` are ``regrow.prune`` on 1,024
-images. Torch-Pruning 1.6.1 cuts in steps of a fortieth of every width, as in ``defaults.py``. Milliseconds are those of 64 images, the
-fastest of 25 passes in alternation with the dense network. A row is written per run; seeds are those of the search and
-of fine-tuning.
+images. Torch-Pruning 1.6.1 cuts in steps of a fortieth of every width, as in ``defaults.py``. Milliseconds are those
+of 64 images, the fastest of 25 passes in alternation with the dense network. A row is written per run; seeds are those
+of the search and of fine-tuning.
 """
 
 import copy
