@@ -46,6 +46,8 @@ ARMS: dict[str, tuple[str, dict[str, Any], int]] = {
     "random granularity": ("trials", {"levels": ALL, "decide": "random"}, 36),
     "lowest loss": ("trials", {"levels": TWO, "decide": "lowest"}, 24),
     "no trial steps": ("trials", {"levels": TWO, "trial_steps": 0}, 32),
+    "weights alone for a quarter": ("trials", {"levels": TWO, "warm": 0.25}, 24),
+    "weights alone for three quarters": ("trials", {"levels": TWO, "warm": 0.75}, 24),
     "three times the steps": ("trials", {"levels": TWO, "trial_steps": 33}, 24),
 }
 REMOVED = ("mgas, thresholds of 0.3",)  # arms whose code is gone; their rows are printed

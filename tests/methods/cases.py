@@ -70,7 +70,7 @@ CASES = (
     Case(MethodKind.SEARCH, "mgas", {"levels": ("operations", "filters"), "warm": 1, "every": 1}),
     Case(MethodKind.SEARCH, "mgas", STAGED),
     Case(MethodKind.SEARCH, "darts"),
-    Case(MethodKind.SEARCH, "trials", {"trial_steps": 2, "examples": 40}),
+    Case(MethodKind.SEARCH, "trials", {"trial_steps": 2}),
     Case(MethodKind.SEARCH, "gold_nas", {"warm": 1, "keep_above": 1.0}),
     Case(MethodKind.RECOVERY, "refit"),
     Case(MethodKind.RECOVERY, "lora", {"passes": 2, "checks": 2, "windows": 1}),

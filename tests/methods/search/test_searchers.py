@@ -21,7 +21,7 @@ STAGED = {"target": 2500.0, "stages": (0, 1), "share": 0.2, "warm": 1, "every": 
 STAGED |= {"regrow_filters": 0.5, "regrow_weights": 0.3}
 SEARCHES = {
     "mgas": (CONFIG, STAGED),
-    "trials": (WIRED, {"target": 1500.0, "stages": (1,), "trial_steps": 2, "examples": 40}),
+    "trials": (WIRED, {"target": 1500.0, "stages": (1,), "trial_steps": 2}),
     "trials, weights": (
         WIRED,
         {"target": 1500.0, "measure": "nonzero", "levels": ("operations", "filters", "weights"), "stages": (1,)},

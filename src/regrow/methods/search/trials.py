@@ -31,11 +31,13 @@ from regrow.core.sources import logits_in
 from regrow.core.tasks import Examples, run_network
 from regrow.methods.search import Commit, Search, commit
 from regrow.methods.search.space import SearchSpace, SearchState, scale_operations
-from regrow.settings.constraints import Count, Fraction, OneOf, Positive, Range, check_constraints
+from regrow.settings.constraints import Fraction, OneOf, Positive, Range, check_constraints
 from regrow.surgery.gate import parametrize
 from regrow.training.learner import Context, Replacements, Step, Stream, task_loss
 
 CITATION = "ours; saliency after Theis et al. (arXiv 1801.05787)"
+EXAMPLES = 512  # the most training examples from which saliency is estimated
+PART = 8  # examples whose gradients are taken together, and whose losses are averaged
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,6 @@ class Settings:
         trial_steps: The number of training steps of each proposal; 0: it is judged as it is.
         decide: Which proposal is cut: the ``coarsest`` within one standard error of the lowest loss, the ``lowest``, or
             one at ``random``, without trials.
-        examples: The number of training examples from which saliency is estimated.
-        part: The number of examples whose gradients are taken together, and whose losses are averaged.
         clip: The largest norm of the gradient of the network's own parameters; larger ones are scaled down to it.
         augment: Whether images are shifted and mirrored at random.
         seed: Seed of everything random.
@@ -65,8 +65,6 @@ class Settings:
     warm: Fraction = 0.5
     trial_steps: Annotated[int, Range(0)] = 11
     decide: Annotated[str, OneOf("coarsest", "lowest", "random")] = "coarsest"
-    examples: Count = 512
-    part: Count = 8
     clip: Positive = 5.0
     augment: bool = True
     seed: int = 0
@@ -199,9 +197,9 @@ def measure_saliency(search: Trials, state: SearchState, context: Context) -> Sa
     filters = torch.zeros(levels.filters + 1, device=device)
     weights = torch.zeros(levels.entries, device=device) if "weights" in s.levels else None
     generator = context.generator(context.epoch, Stream.GRADIENT_EXAMPLES)
-    examples = next(context.task.train.batches(s.examples, seed=generator.initial_seed()))
+    examples = next(context.task.train.batches(EXAMPLES, seed=generator.initial_seed()))
     context.model.eval()
-    for indices in torch.arange(len(examples)).split(s.part):
+    for indices in torch.arange(len(examples)).split(PART):
         batch = examples.take(indices)
         with parametrize(context.model, {**values, **learned}):
             loss = len(indices) * _sampled_loss(context, batch, generator)
@@ -269,14 +267,13 @@ def try_masks(search: Trials, state: SearchState, context: Context, masks: GateM
         if search.s.trial_steps:
             _train(search, state, context, masks)
         context.model.eval()
-        losses, part = list[Tensor](), search.s.part
-        size = part * max(1, _step_size(context) // part)
+        losses, size = list[Tensor](), PART * max(1, _step_size(context) // PART)
         with torch.no_grad(), parametrize(context.model, mask_parameters(context, state, masks).values):
             for batch in context.task.test.batches(size):
                 output = run_network(context.model, batch.inputs, context.device)
                 labels = batch.labels.to(context.device)
                 if context.objective is CLASSIFICATION:
-                    pairs = zip(logits_in(output).split(part), labels.split(part), strict=True)
+                    pairs = zip(logits_in(output).split(PART), labels.split(PART), strict=True)
                     losses += [context.objective.loss(one, own).double().cpu() for one, own in pairs]
                 else:  # whose outputs may be of any form
                     losses.append(context.objective.loss(output, labels).double().cpu())
