@@ -52,7 +52,7 @@ from regrow.evaluation import perplexity
 from regrow.jobs.inputs import SourceSpecs, fill_generated, read_sources
 from regrow.jobs.pruning_inputs import build_pruner, collect_evidence
 from regrow.jobs.recovery_steps import reconstruct
-from regrow.methods.pruning.pruner import Pruner, PruningTask, plan_cut, simple_pruner
+from regrow.methods.pruning.pruner import Pruner, PruningTask, plan_cut, simple_pruner, with_droppable_modules
 from regrow.methods.recovery import RecoveryTask
 from regrow.nets import load
 from regrow.nets.devices import autocasting, choose_precision
@@ -198,9 +198,10 @@ class Bench:
             with autocasting(self.model, self.precision):
                 needs = replace(pruner, needs=key[1])
                 self.evidence[key] = collect_evidence(self.model, self.axes, needs, sources, batch_size=BATCH)
+        axes = with_droppable_modules(pruner, self.model, self.axes)
         with autocasting(self.model, self.precision):
-            plan = plan_cut(pruner, self.model, self.axes, Budget(keep, only=arm.only), self.evidence[key]).plan
-        return *apply(copy.deepcopy(self.model), self.axes, plan), plan
+            plan = plan_cut(pruner, self.model, axes, Budget(keep, only=arm.only), self.evidence[key]).plan
+        return *apply(copy.deepcopy(self.model), axes, plan), plan
 
     def cut(self, arm: str, keep: float, fold: int, sample: int, text: str) -> Iterator[Row]:
         """Yield the rows of an arm: as it is cut, and fitted."""
@@ -218,6 +219,7 @@ class Bench:
             for one, axes in ((network, after), (self.model, self.axes))
         ]
         row: Row = {"kept": round(counts[0] / counts[1], 5), "parameters": sum(p.numel() for p in network.parameters())}
+        row |= {"dropped": [*plan.drop]} if own.method == "depth" else {}
         seconds = round(time.perf_counter() - start, 1)
         yield {"fit": False, **row, "seconds": seconds, "nats": self.measure(network, fold)}
         if not own.fits:
@@ -276,7 +278,7 @@ def show(every: Sequence[Row]) -> Iterator[str]:
             if any(row["arm"] == arm for row in same)
         ]
         yield from (f"{model}, keep {-keep}, {text} text", "")
-        yield from table(["arm", "cuts", "lost", "to `flap`", "lost, with fit", "to `flap`"], lines)
+        yield from table(["arm", "runs", "lost", "to `flap`", "lost, with fit", "to `flap`"], lines)
         yield ""
 
 
