@@ -159,7 +159,7 @@ def run(args: Namespace) -> None:
             continue
         if name not in TIMED:
             continue
-        batches = 4 if name == "smollm2-135m" else 48
+        batches = {"smollm2-135m": 4, "mlp:100-100": 400}.get(name, 48)
         base = time_steps(name, "naive", batches)
         for arm in args.arm:
             seconds = base if arm == "naive" else time_steps(name, arm, batches)
