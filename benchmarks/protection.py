@@ -2,7 +2,7 @@
 
     python benchmarks/protection.py coverage     # seconds, SmolLM2 a minute
     python benchmarks/protection.py steps        # minutes
-    python benchmarks/protection.py --show
+    python benchmarks/protection.py coverage --show
 
 ``coverage``: the share of the parameters that have Kronecker factors, or Fisher diagonals alone; the rest is left
 without protection. ``steps``: CPU seconds of a second task's steps, in multiples of those of ``naive`` in the same
@@ -176,18 +176,16 @@ def run(args: Namespace) -> None:
 def main() -> None:
     """Measure, or print the rows as tables."""
     which: dict[str, Any] = {"net": tuple(NETS), "arm": tuple(ARMS)}
-    args = arguments(__doc__, OUT, {"table*": ("coverage", "steps")}, **which)
+    args = arguments(__doc__, OUT, {"table": ("coverage", "steps")}, **which)
     if not args.show:
-        (args.table,) = args.table
         run(args)
         return
-    every = rows(args.out)
-    covered = [row for row in every if row["table"] == "coverage"]
-    names = ("net", "parameters", "kronecker", "diagonal", "bytes", "cpu_s")
-    print(*table(names, [[str(row[name]) for name in names] for row in covered]), sep="\n")
-    print()
-    timed = [row for row in every if row["table"] == "steps"]
-    print(*table(("net", "arm", "ratio"), [[row["net"], row["arm"], str(row["ratio"])] for row in timed]), sep="\n")
+    names = {
+        "coverage": ("net", "parameters", "kronecker", "diagonal", "bytes", "cpu_s"),
+        "steps": ("net", "arm", "ratio"),
+    }
+    own = [row for row in rows(args.out) if row["table"] == args.table]
+    print(*table(names[args.table], [[str(row[name]) for name in names[args.table]] for row in own]), sep="\n")
 
 
 if __name__ == "__main__":
