@@ -11,7 +11,9 @@ and after the least squares of ``--reconstruct``. ``--keep`` counts the weights 
 
 Arms cut the same fraction of the MLP neurons of every block but the first eighth and last sixteenth, except: ``gprune``
 and ``default`` (what ``regrow prune`` does without ``--method``, without rounding) choose among all units.
-``fisher, all blocks`` prunes the first and last blocks, too, ``fisher, ranked`` ranks all units of all blocks.
+``fisher, all blocks`` prunes the first and last blocks, too, ``fisher, ranked`` ranks all units of all blocks, and
+``fisher, measured`` takes the best of these by the loss on calibration data. ``blocks and neurons`` and ``modules and
+neurons`` are ``--method depth``: whole blocks, or attentions and MLPs, and neurons for the rest of the budget.
 ``leverage`` ranks neurons by their ridge leverage scores, as MoDeGPT does for MLPs; with the fit it is Nyström's.
 ``gprune, …`` are its components, one by one, on MLP neurons of the same blocks, without the fit. ``sliced`` and
 ``sliced_normalised`` are SliceGPT at as many stored weights (``slicing.py``), which has no other fit.
@@ -91,6 +93,7 @@ ARMS = {
     "blocks and neurons": Arm("depth", {"unit": "block"}, (), False),
     "modules and neurons": Arm("depth", {"unit": "any"}, (), False),
     "fisher, all blocks": Arm("fisher", UNIFORM, inner=False),
+    "fisher, measured": Arm("fisher", {"allocation": "measured"}, (), False),
     "fisher, ranked": Arm("fisher", {"allocation": "ranked"}, (), False),
 }
 UNLEARNED = {"steps": 0, "start": "inner"}
