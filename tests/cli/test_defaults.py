@@ -34,7 +34,7 @@ def test_a_language_model_gets_the_recommended_method_text_and_repair(regrow: Ru
     chosen = {name: run["settings"][name] for name in RECOMMENDED["text"]}
     assert chosen == json.loads(json.dumps(RECOMMENDED["text"]))
     assert run["asked"]["method"] == "" and run["settings"]["precision"] in ("float32", "bfloat16")
-    assert "note: chosen: --method flap --set allocation=measured" in " ".join(out.split())
+    assert "note: chosen: --method fisher --set allocation=measured" in " ".join(out.split())
     assert re.search(r"--distil 16384.* about \d+ min left", err)
     assert run["settings"]["distil"] == 2**14 and "--distil 16384" in out
     code, _, err = regrow("prune", model, "--keep", "0.8", *SMALL, "--out", "run")
@@ -60,6 +60,7 @@ def test_more_time_trains_a_language_model_after_the_cut(regrow: Run, tiny_langu
     assert choose_defaults(Settings("m", time="hour"), "text").distil == 2**18
     assert choose_defaults(Settings("m"), "text", 3 * 10**8).distil == 2**14
     small, large, named = Settings("m", time="quick"), Settings("m"), Settings("m", method="flap")
+    assert {choose_defaults(one, "text", 3 * 10**8 + (one is large)).method for one in (small, large)} == {"flap"}
     assert not any(
         choose_defaults(one, "text", n).distil for one, n in ((small, 1), (large, 3 * 10**8 + 1), (named, 1))
     )

@@ -56,7 +56,6 @@ from regrow.settings.declaration import check_settings
 from regrow.settings.prune import (
     DISTILLATION,
     REST_SECONDS,
-    TRAINING_SECONDS,
     Settings,
     choose_defaults,
     describe_choice,
@@ -217,8 +216,8 @@ class PruneJob:
         """Announce what was chosen, and how long the rest of the run will take, as its calibration took so long."""
         halves, taught_on = self.inputs.data, self.inputs.taught_on
         calibrated, trained = (sum(source.tokens for source in data) for data in (halves.calibration, taught_on))
-        ratio = REST_SECONDS + TRAINING_SECONDS * trained / calibrated
-        minutes = self.run.seconds["calibrate"] * ratio / 60
+        rest, training = REST_SECONDS[self.settings.method]
+        minutes = self.run.seconds["calibrate"] * (rest + training * trained / calibrated) / 60
         logging.getLogger("regrow").info("%s; about %.0f min left", self.choice, max(1, minutes))
 
     def cut(self, plan: Plan) -> tuple[str, ...]:

@@ -33,16 +33,17 @@ def make_reconstruction_settings(sources: Collection[str]) -> dict[str, object]:
     }
 
 
+_TEXT = {
+    "method_settings": {"allocation": "measured"},
+    "sources": DOMAINS,
+    "round_to": 32,
+    "reconstruct": True,
+    "batch_size": 4,
+}
 # Kind of model and data → what is chosen for it where no method is named.
 RECOMMENDED: Mapping[str, Mapping[str, Any]] = {
-    "text": {
-        "method": "flap",
-        "method_settings": {"allocation": "measured"},
-        "sources": DOMAINS,
-        "round_to": 32,
-        "reconstruct": True,
-        "batch_size": 4,
-    },
+    "text": {"method": "fisher", **_TEXT},
+    "text, fast": {"method": "flap", **_TEXT},
     "text, in parts": {"method": "flap", "sources": DOMAINS, "round_to": 32},
     "examples": {"method": "fisher", "reconstruct": True},
     "examples without labels": {"method": "flap", "reconstruct": True},
@@ -55,10 +56,11 @@ DISTILLATION = {"passes": 1, "windows": 2, "checks": 1, "held_out": 1 / 16}
 # ``--time`` → tokens of text on which a cut language model is trained.
 DISTILLED_TOKENS = {"quick": 0, "minutes": 2**14, "hour": 2**18, "night": 2**21}
 # Seconds that the rest of a default run of a language model takes, per second of its calibration on two idle CPU cores:
-# evaluating, reconstructing and saving together; and training, if it has as many tokens as calibration.
-REST_SECONDS, TRAINING_SECONDS = 4.3, 5.5
-# Without ``--method`` and ``--time``, larger language models are not trained: it takes about nine times their memory.
-MOST_TRAINED = 300_000_000
+# evaluating, reconstructing and saving together; and training, if it has as many tokens as calibration. By method.
+REST_SECONDS: Mapping[str, tuple[float, float]] = {"fisher": (1.9, 1.7), "flap": (4.3, 5.5)}
+# The most parameters of a language model that is trained without ``--method`` and ``--time``, which takes about nine
+# times its memory, and whose units are selected by gradients.
+MOST_SMALL = 300_000_000
 
 
 @dataclass(frozen=True)
@@ -194,10 +196,12 @@ def explain_training(settings: Settings) -> str:
 
 def choose_defaults(settings: Settings, kind: str, parameters: int = 0) -> Settings:
     """Return settings with what was left open: ``RECOMMENDED`` of a kind, or nothing to a named method."""
+    if kind == "text" and (parameters > MOST_SMALL or settings.time == "quick"):
+        kind = "text, fast"
     chosen, option = {} if settings.method else RECOMMENDED[kind], explain_training(settings)
     if option and not kind.startswith("text"):
         raise InputError(f"{option} trains language models; leave it out, and train after the cut, as by --finetune")
-    trains = option or (chosen and kind == "text" and parameters <= MOST_TRAINED)
+    trains = option or (chosen and kind == "text")
     tokens = DISTILLED_TOKENS[settings.time] if trains else 0
     defaults = {"round_to": 1, "reconstruct": False, "precision": "float32", "distil": tokens or None, **chosen}
     left_open = {name: value for name, value in defaults.items() if getattr(settings, name) in (None, "", (), {})}
