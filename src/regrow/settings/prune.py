@@ -33,6 +33,7 @@ def make_reconstruction_settings(sources: Collection[str]) -> dict[str, object]:
     }
 
 
+# What is chosen for language models, whatever the method.
 _TEXT = {
     "method_settings": {"allocation": "measured"},
     "sources": DOMAINS,
