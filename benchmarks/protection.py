@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from regrow.core.objectives import CLASSIFICATION, NEXT_TOKEN
 from regrow.core.tasks import Examples, Task
 from regrow.methods import LEARNERS
-from regrow.nets import load
+from regrow.nets import load, replace_attention
 from regrow.nets.vision import small
 from regrow.protection.factors import layer_parameters, measure_factors
 from regrow.store.run_record import versions
@@ -98,6 +98,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
     "Conv1d": (make_conv1d, lambda n: torch.randn(n, 1, 40)),
     "LSTM": (Recurrent, draw_tokens),
     "transformer encoder": (Encoder, draw_tokens),
+    "transformer encoder, as loaded": (lambda: replace_attention(Encoder()), draw_tokens),
     "smollm2-135m": (lambda: load("smollm2-135m").model, lambda n: torch.randint(1000, (n, 128))),
 }
 TIMED = {"mlp:100-100": 256, "resnet-gn:8-3": 256, "smollm2-135m": 16}  # network → examples of a step

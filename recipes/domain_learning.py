@@ -8,7 +8,8 @@
 Each is tested on 16 windows of 256 tokens of its evaluation half, and so is Wikipedia, which is never learned.
 
 ``full`` trains all weights; ``replay`` puts one window of an earlier domain into a fifth of its steps; ``laplace``
-guards what earlier domains learned by their Kronecker factors. The others train 7 million weights a domain, and no old
+guards what earlier domains learned by their Kronecker factors. What arms keep of earlier domains, beside the network,
+is compressed to a quarter of its bytes. The others train 7 million weights a domain, and no old
 ones: ``lora`` (merged after each domain), ``projected_lora`` (inputs are turned away from those of earlier domains, and
 only outputs are trained), ``neurons`` (every MLP gains 136, in random directions), ``data_neurons`` (by data of the
 domain, away from earlier inputs) and ``blocks`` (two copied decoder layers that add nothing at first, as in LLaMA-Pro).
@@ -35,6 +36,7 @@ from torch.nn.utils import parametrize
 
 from regrow import Plan, apply, trace
 from regrow.core.axes import AxisGraph
+from regrow.core.axes.axis import AxisTensor
 from regrow.core.objectives import NEXT_TOKEN
 from regrow.core.plan import Fill
 from regrow.core.process_memory import return_memory
@@ -46,6 +48,7 @@ from regrow.nets.devices import autocasting, choose_precision
 from regrow.nets.loaded import Loaded
 from regrow.protection.factors import Factors, add_factors
 from regrow.protection.guards import Guards, apply_guards, build_guards
+from regrow.protection.low_rank import compress_factors, expand_factors
 from regrow.surgery.new_units import new_units, split_entries
 from regrow.training.hooks import copy_parameters
 from regrow.training.learner import Context
@@ -55,6 +58,7 @@ ORDERS = (("news", "code", "manual", "talk"), ("code", "talk", "news", "manual")
 OLD = "wiki"
 BATCH, SEQ_LEN, RANK, NEURONS, BLOCKS = 4, 128, 23, 136, 2
 GUARDED, EVERY, RIDGE = 64, 4, 15.0  # windows of a domain for factors, steps between guards, strength of projections
+LIMIT = 0.25  # bytes of factors, or of moments of inputs, as a multiple of the network's
 KEYS = ("table", "arm", "rate", "order", "seed")
 
 
@@ -73,7 +77,7 @@ class Run:
     train: list[Tensor] = field(default_factory=list)  # its batches, ``[BATCH, SEQ_LEN]`` each
     seen: list[Tensor] = field(default_factory=list)  # batches of earlier domains
     trained: dict[str, Tensor | None] = field(default_factory=dict)  # name → which entries are trained; `None`: all
-    moments: dict[str, Tensor] = field(default_factory=dict)  # linear layer → Σ x xᵀ of earlier domains
+    moments: Factors = field(default_factory=dict)  # ``LAYER inputs``: Σ x xᵀ of earlier domains
     factors: Factors = field(default_factory=dict)
     guards: Guards = field(default_factory=dict)
 
@@ -81,6 +85,10 @@ class Run:
     def layers(self) -> dict[str, nn.Linear]:
         """Return the linear layers of the decoder by name."""
         return {name: m for name, m in self.model.model.named_modules() if isinstance(m, nn.Linear)}
+
+    def compress(self, factors: Factors) -> Factors:
+        """Return factors in as many bytes as an arm may keep."""
+        return compress_factors(factors, LIMIT * sum(p.nbytes for p in self.model.parameters()))
 
     def random(self) -> torch.Generator:
         """Return the random stream of the present domain."""
@@ -93,8 +101,11 @@ def train_all(run: Run) -> None:
 
 
 @torch.no_grad()
-def read_moments(run: Run) -> dict[str, Tensor]:
-    """Return Σ x xᵀ of the inputs of every linear layer on the present domain, divided by its mean diagonal."""
+def read_moments(run: Run, ends: tuple[str, ...]) -> dict[str, Tensor]:
+    """Return Σ x xᵀ of the inputs of linear layers on the present domain, divided by its mean diagonal.
+
+    ``ends``: the ends of their names.
+    """
     found: dict[str, Tensor] = {}
 
     def watch(name: str) -> Callable[..., None]:
@@ -104,7 +115,7 @@ def read_moments(run: Run) -> dict[str, Tensor]:
 
         return add_products
 
-    hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in run.layers.items()]
+    hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in run.layers.items() if name.endswith(ends)]
     with autocasting(run.model, run.precision):
         for batch in run.train[: GUARDED // BATCH]:
             run.model(batch)
@@ -113,17 +124,20 @@ def read_moments(run: Run) -> dict[str, Tensor]:
     return {name: total / total.diagonal().mean() for name, total in found.items()}
 
 
-def add_moments(run: Run) -> None:
-    """Count the inputs of a domain that was learned; layers that were widened since, which no arm projects, anew."""
-    for name, total in read_moments(run).items():
-        before = run.moments.get(name)
-        run.moments[name] = total if before is None or before.shape != total.shape else before + total
+def add_moments(run: Run, ends: tuple[str, ...] = ("",)) -> None:
+    """Count the inputs of a domain that was learned, of the layers that an arm projects."""
+    moments = expand_factors(run.moments)
+    for key, total in ((f"{name} inputs", total) for name, total in read_moments(run, ends).items()):
+        before = moments.get(key)
+        moments[key] = AxisTensor(total if before is None else before.values + total, tuple(total.shape))
+    run.moments = run.compress(moments)
 
 
 def project(run: Run, name: str, directions: Tensor) -> Tensor:
     """Return directions, ``[n, inputs]``, turned away from earlier inputs: (1 + s A)⁻¹ x, of length 1."""
-    if name in run.moments:
-        moments = run.moments[name] / run.number
+    own = expand_factors({key: kept for key, kept in run.moments.items() if key.startswith(f"{name} ")})
+    for kept in own.values():
+        moments = kept.values / run.number
         directions = torch.linalg.solve(torch.eye(len(moments)) + RIDGE * moments, directions.T).T
     return directions / directions.norm(dim=1, keepdim=True)
 
@@ -189,7 +203,7 @@ def read_rows(run: Run) -> dict[str, Tensor]:
     def keep(name: str) -> Callable[..., None]:
         return lambda module, inputs: found.update({name: inputs[0].flatten(0, -2).float()})
 
-    layers = {name: layer for name, layer in run.layers.items() if name.endswith(("gate_proj", "up_proj"))}
+    layers = {name: layer for name, layer in run.layers.items() if name.endswith(FIRST)}
     hooks = [layer.register_forward_pre_hook(keep(name)) for name, layer in layers.items()]
     with autocasting(run.model, run.precision):
         run.model(run.train[0])
@@ -219,15 +233,27 @@ def add_blocks(run: Run) -> None:
 
 
 def guard(run: Run) -> None:
-    """Measure the factors of a domain that was learned, and guard all domains so far."""
+    """Train every parameter, and guard what earlier domains learned."""
+    train_all(run)
+    if run.factors:
+        context = describe(run, run.number)
+        run.guards = build_guards(expand_factors(run.factors), context, copy_parameters(context), 0.1)
+        return_memory()
+
+
+def count_factors(run: Run) -> None:
+    """Add the factors of a domain that was learned."""
+    run.guards = {}
+    factors = add_factors(expand_factors(run.factors), describe(run, run.number), GUARDED)
+    run.factors = run.compress(factors)
+    return_memory()
+
+
+def describe(run: Run, number: int) -> Context:
+    """Return the network and its present domain, after ``number`` others."""
     ids = torch.cat(run.train)
     task = Task("", Examples(ids, ids), Examples(ids, ids), (0,))
-    context = Context(run.model, run.axes, task, run.number, seed=run.seed, objective=NEXT_TOKEN)
-    run.guards = {}
-    run.factors = add_factors(run.factors, context, GUARDED)
-    counted = Context(run.model, run.axes, task, run.number + 1, seed=run.seed, objective=NEXT_TOKEN)
-    run.guards = build_guards(run.factors, counted, copy_parameters(context), 0.1)
-    return_memory()
+    return Context(run.model, run.axes, task, number, seed=run.seed, objective=NEXT_TOKEN)
 
 
 def shrink(run: Run, strength: float = 0.5, gate: float = 2.0) -> None:
@@ -265,15 +291,16 @@ def _end_projected(run: Run) -> None:
     add_moments(run)
 
 
+FIRST = ("gate_proj", "up_proj")  # the first layers of an MLP
 ALL, FEW = (3e-5, 1e-4, 3e-4), (3e-4, 1e-3, 3e-3)
 ARMS: Mapping[str, Arm] = {
     "full": Arm(ALL, train_all),
     "replay": Arm(ALL, train_all, batch=mix_in),
-    "laplace": Arm(ALL, train_all, guard, shrink),
+    "laplace": Arm(ALL, guard, count_factors, shrink),
     "lora": Arm(FEW, add_lora, merge_lora),
     "projected_lora": Arm(FEW, lambda run: add_lora(run, projected=True), _end_projected),
     "neurons": Arm(FEW, add_neurons),
-    "data_neurons": Arm(FEW, lambda run: add_neurons(run, by_data=True), add_moments),
+    "data_neurons": Arm(FEW, lambda run: add_neurons(run, by_data=True), lambda run: add_moments(run, FIRST)),
     "blocks": Arm(ALL, add_blocks),
 }
 
@@ -337,6 +364,8 @@ def compute(args: Namespace, point: Row, texts: Mapping[str, Any], loaded: Loade
         print(f"{point['arm']}, rate {point['rate']}, {name}: {losses[-1]}", flush=True)
     size = sum(p.numel() for p in run.model.parameters())
     row = {"losses": losses, "trained": trained, "parameters": size, "precision": run.precision}
+    replayed = sum(batch.nbytes for batch in run.seen) if point["arm"] == "replay" else 0
+    row["kept"] = replayed + sum(one.values.nbytes for one in (*run.factors.values(), *run.moments.values()))
     return {**point, **row, "seconds": round(time.perf_counter() - start)}
 
 
@@ -378,8 +407,21 @@ def show(args: Namespace) -> Iterator[str]:
             for values in zip(*map(summarise, same), strict=True)
         ]
         sizes = [f"{same[-1][key] / 1e6:.1f}" for key in ("trained", "parameters")]
+        sizes.append(f"{max(row['kept'] / row['parameters'] / 4 for row in same):.0%}")
         lines.append([arm, rate, len(same), *cells, *sizes, round(fmean(row["seconds"] for row in same))])
-    columns = ["arm", "rate", "runs", "new", "forgotten", "all at the end", "Wikipedia", "trained, M", "size, M", "s"]
+    columns = [
+        "arm",
+        "rate",
+        "runs",
+        "new",
+        "forgotten",
+        "all at the end",
+        "Wikipedia",
+        "trained, M",
+        "size, M",
+        "kept",
+        "s",
+    ]
     yield from table(columns, lines)
 
 

@@ -51,7 +51,7 @@ CASES = (
     Case(MethodKind.CONTINUAL, "laplace", {"gate": 0.0}),
     Case(MethodKind.CONTINUAL, "laplace", {"grow": "start", "directions": "projected"}),
     Case(MethodKind.CONTINUAL, "laplace", {"boundaries": "detected"}),
-    Case(MethodKind.CONTINUAL, "laplace", {"grow": "late"}),
+    Case(MethodKind.CONTINUAL, "laplace", {"grow": "late", "limit": 0.5}),
     Case(MethodKind.CONTINUAL, "ncl"),
     Case(MethodKind.CONTINUAL, "gpm"),
     Case(MethodKind.CONTINUAL, "lwf"),

@@ -1,6 +1,7 @@
 """Factors, guards and growth under protection: their laws, on real digits and small networks."""
 
 from dataclasses import replace
+from math import isqrt
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from regrow.methods import LEARNERS
 from regrow.nets.vision import small
 from regrow.protection.factors import measure_factors, measure_surrogate, read_inputs
 from regrow.protection.guards import apply_guards, build_guards
+from regrow.protection.low_rank import compress_factors, expand_factors
 from regrow.tracing import trace
 from regrow.training.continual import TaskSchedule, learn
 from regrow.training.fit import Fitted
@@ -176,6 +178,25 @@ def test_growth_under_laplace_changes_no_answer(directions: str) -> None:
     assert learner.anchor["1.weight"].values.shape[0] == 36
     if directions == "data":  # what new units give on old inputs counts in the layers behind them
         assert bool(learner.factors["3.weight inputs"].values.diagonal()[24:].all())
+
+
+@pytest.mark.parametrize("spec", ["mlp:24-16", "resnet-gn:8-2"])
+def test_compressed_factors_keep_to_their_bytes_and_the_diagonal(spec: str) -> None:
+    """The more bytes, the smaller the error; enough bytes change nothing."""
+    whole = learned("laplace", spec).state.learner.factors
+    full, errors = sum(factor.values.nbytes for factor in whole.values()), []
+    for limit in (full // 4, full // 2, full):
+        kept = compress_factors(whole, limit)
+        again = expand_factors(kept)
+        assert sum(factor.values.nbytes for factor in kept.values()) <= limit and [*again] == [*whole]
+        for key, factor in whole.items():
+            assert again[key].dims == factor.dims
+            if len(factor.dims) > 1 and factor.dims[: len(factor.dims) // 2] * 2 == factor.dims:
+                side = isqrt(factor.values.numel())
+                found, right = (one[key].values.reshape(side, side).diagonal() for one in (again, whole))
+                torch.testing.assert_close(found, right, rtol=0.01, atol=1e-6)  # bfloat16
+        errors.append(sum(float((again[key].values - whole[key].values).norm()) for key in whole))
+    assert errors[0] > errors[1] > errors[2] == 0
 
 
 def test_surrogate_inputs_have_the_moments_of_earlier_tasks() -> None:

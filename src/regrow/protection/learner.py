@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from math import inf
 
 import torch
 
@@ -19,6 +20,7 @@ from regrow.protection.growth import (
     weigh_new_units,
 )
 from regrow.protection.guards import Guards, apply_guards, build_guards, settle_guards
+from regrow.protection.low_rank import compress_factors, expand_factors
 from regrow.training.hooks import add_to_replay_memory, copy_parameters, name_inputs
 from regrow.training.learner import Boundary, Context, Event, Learner, Step, set_train_mode
 from regrow.training.state import derived
@@ -32,6 +34,8 @@ class Protection:
         shrink: Learning rate → the arguments of :func:`regrow.protection.guards.apply_guards` for one step.
         add_factors: (factors, context) → the factors with those of the present task.
         damping: As of :func:`regrow.protection.guards.build_guards`.
+        limit: The most bytes of factors, in multiples of the parameters'; beyond them their leading eigenvectors are
+            kept (:func:`regrow.protection.low_rank.compress_factors`).
         every: Guards are applied to the joint change of this many steps.
         growth: When the network is widened, and how.
         recent: 0: the boundaries of tasks are known. Otherwise they are detected where the loss jumps, and factors are
@@ -41,6 +45,7 @@ class Protection:
     shrink: Callable[[float], Mapping[str, float]]
     add_factors: Callable[[Factors, Context], Factors]
     damping: float = 0.0
+    limit: float = inf
     every: int = 1
     growth: Growth = NO_GROWTH
     recent: int = 0
@@ -72,11 +77,15 @@ def build_learner(protection: Protection) -> Learner[ProtectionState]:
 
     def guard(state: ProtectionState, context: Context) -> ProtectionState:
         context = replace(context, number=state.tasks)
-        guards = build_guards(state.factors, context, state.anchor, protection.damping) if state.tasks else {}
-        return replace(state, guards=guards)
+        factors = expand_factors(state.factors)
+        return replace(state, guards=build_guards(factors, context, state.anchor, protection.damping))
+
+    def keep(factors: Factors, context: Context) -> Factors:
+        size = sum(parameter.nbytes for parameter in context.model.parameters())
+        return compress_factors(factors, protection.limit * size)
 
     def consolidate(state: ProtectionState, context: Context, anchor: Mapping[str, AxisTensor]) -> ProtectionState:
-        factors = protection.add_factors(state.factors, context)
+        factors = keep(protection.add_factors(expand_factors(state.factors), context), context)
         return replace(state, factors=factors, anchor=anchor, tasks=state.tasks + 1, guards={})
 
     def look(state: ProtectionState, context: Context, step: Step) -> ProtectionState:
@@ -101,8 +110,9 @@ def build_learner(protection: Protection) -> Learner[ProtectionState]:
             guards = guard(replace(state, anchor=copy_parameters(context)), context).guards
             direct_new_units(guards, counted, plan, protection.growth.directions, protection.growth.strength)
             fit_to_task(context, plan)
-        weigh_new_units(state.factors, counted, surrogate=True)
-        state = replace(state, anchor=extend_anchor(state.anchor, context, boundary))
+        weigh_new_units(factors := expand_factors(state.factors), counted, surrogate=True)
+        anchor = extend_anchor(state.anchor, context, boundary)
+        state = replace(state, factors=keep(factors, context), anchor=anchor)
         return guard(replace(state, calm=extend_anchor(state.calm, context, boundary)), context)
 
     def plan(state: ProtectionState, context: Context) -> tuple[Plan | None, ProtectionState]:

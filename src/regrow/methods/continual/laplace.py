@@ -31,6 +31,8 @@ class Settings(CheckedSettings):
         gate: The last k steps are also divided by 1 + gate · A ⊗ (B + d), as in ``ncl``; 0: they are not.
         damping: d, the importance of a hidden unit that earlier tasks did not use, as a fraction of the mean.
         samples: The number of examples of each task on which its factors are measured.
+        limit: The largest size of the factors, as a multiple of the network's. Beyond it their leading eigenvectors and
+            diagonals are kept.
         every: k, the number of steps between two proximal steps.
         boundaries: ``known``: factors are measured when a task ends; ``detected``: where the loss jumps, on examples
             that are kept since the last jump.
@@ -48,6 +50,7 @@ class Settings(CheckedSettings):
     gate: NonNegative = 2.0
     damping: NonNegative = 0.1
     samples: Count = 2000
+    limit: NonNegative = 100.0
     every: Count = 4
     boundaries: Annotated[str, OneOf("known", "detected")] = "known"
     grow: Annotated[str, OneOf("never", "start", "late")] = "never"
@@ -70,5 +73,5 @@ def build(settings: Settings) -> Learner[ProtectionState]:
         raise ValueError(f"grow={s.grow} needs known boundaries, got boundaries=detected; leave one of them out")
     recent = s.samples if s.boundaries == "detected" else 0
     return build_learner(
-        Protection(shrink, partial(add_factors, samples=s.samples), s.damping, s.every, growth, recent)
+        Protection(shrink, partial(add_factors, samples=s.samples), s.damping, s.limit, s.every, growth, recent)
     )

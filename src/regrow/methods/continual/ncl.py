@@ -43,4 +43,4 @@ def build(settings: Settings) -> Learner[ProtectionState]:
         return {"gate": settings.strength, "decay": lr * settings.every * settings.pull}
 
     measure = partial(add_factors, samples=settings.samples)
-    return build_learner(Protection(shrink, measure, settings.damping, settings.every))
+    return build_learner(Protection(shrink, measure, settings.damping, every=settings.every))
