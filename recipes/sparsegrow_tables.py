@@ -115,6 +115,7 @@ GRID = (
     *grid("naive", "naive", {}),
     *grid("naive", "joint", {"keep": "data"}),
     *grid("laplace", "Laplace {strength:g}", *({"strength": s, "gate": 0.0} for s in (0.5, 2.0, 8.0))),
+    *grid("laplace", "Laplace, gate 2, {strength:g}", *({"strength": s, "gate": 2.0} for s in (0.5, 2.0, 8.0))),
     *grid("ncl", "NCL {strength:g}, {pull:g}", *({"strength": s, "pull": 0.1} for s in (1.0, 5.0, 25.0))),
     *grid("gpm", "GPM {energy:g}", *({"energy": e, "first_energy": f} for e, f in ENERGIES)),
     *grid("ewc", "EWC {strength:g}", *({"strength": s} for s in (10.0, 100.0, 1000.0))),
@@ -389,7 +390,7 @@ def shown_grid(args: Namespace) -> Iterator[str]:
 
 def family(arm: Arm) -> str:
     """What one choice of settings and rate is made for."""
-    return "joint" if arm.settings.get("keep") else arm.method
+    return "joint" if arm.settings.get("keep") else f"{arm.method} {arm.settings.get('gate', '')}"
 
 
 def lines(own: list[Row], arms: Iterable[Arm], against: str) -> Iterator[list[str]]:

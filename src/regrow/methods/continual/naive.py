@@ -20,7 +20,8 @@ class Settings(CheckedSettings):
 
     Args:
         keep: ``nothing``: plain fine-tuning; ``data``: every batch comes with as many examples of earlier tasks, of
-            which all are stored (an upper bound); ``network``: no parameter changes after the first task.
+            which all are stored (no upper bound for small networks or short training); ``network``: no parameter
+            changes after the first task.
     """
 
     keep: Annotated[str, OneOf("nothing", "data", "network")] = "nothing"
