@@ -55,7 +55,7 @@ def drawn_masks(found, parameters, seed):
     alpha, kappa = draw(len(found.ops)), draw(found.levels.filters)
     flat = found.levels.flat(parameters)
     gone = torch.zeros(len(flat), dtype=torch.bool)
-    level = (torch.full((len(found.ops),), 0.4), torch.full((len(found.keys),), 0.4))
+    level = (torch.full((len(found.ops),), 0.4), torch.full((len(found.spans),), 0.4))
     return found.masks((alpha, level[0]), (kappa, level[1]), (flat, gone, torch.full((len(found.ops) + 1,), 0.3)))
 
 
@@ -111,7 +111,7 @@ def test_gradients_are_the_same_every_time_on_several_threads():
     net = randomise(Cells(cells.supernet_config((3, 16, 16), 5, width=16, cells=3, nodes=2)))
     found, parameters = found_in(net, trace(net, torch.randn(2, 3, 16, 16)))
     flat = found.levels.flat(parameters).detach()
-    gone, levels = torch.zeros(len(flat), dtype=torch.bool), (len(found.ops), len(found.keys), len(found.ops) + 1)
+    gone, levels = torch.zeros(len(flat), dtype=torch.bool), (len(found.ops), len(found.spans), len(found.ops) + 1)
     generator = torch.Generator().manual_seed(0)
     given = [torch.randn(n, generator=generator) for n in (len(found.ops), found.levels.filters)]
     given += [torch.full((n,), 0.4) for n in levels]
@@ -222,7 +222,7 @@ def test_a_needed_operation_and_a_last_filter_stay(traced):
     net, axes, _ = traced
     found, _ = found_in(net, axes)
     low = torch.full((len(found.ops),), -9.0), torch.zeros(len(found.ops)) + 0.5
-    masks = found.masks(low, (torch.full((found.levels.filters,), -9.0), torch.zeros(len(found.keys)) + 0.5), None)
+    masks = found.masks(low, (torch.full((found.levels.filters,), -9.0), torch.zeros(len(found.spans)) + 0.5), None)
     assert all(float(masks.ops[one].sum()) >= 1 for one in found.needed)
     assert all(float(masks.filters[base : base + size].sum()) == min(least, size) for base, size, least in found.spans)
 
@@ -233,7 +233,7 @@ def test_what_a_target_asks_for_goes_and_no_more(traced, levels):
     found, parameters = found_in(net, axes)
     n, flat = len(found.ops), found.levels.flat(parameters)
     weights = (flat, torch.zeros(len(flat), dtype=torch.bool), torch.zeros(n + 1)) if levels[2] else None
-    filters = (torch.randn(found.levels.filters), torch.zeros(len(found.keys))) if levels[1] else None
+    filters = (torch.randn(found.levels.filters), torch.zeros(len(found.spans))) if levels[1] else None
     masks = found.masks((torch.randn(n), torch.zeros(n)), filters, weights)
     relative = found.levels.relative(flat, torch.ones(len(flat), dtype=torch.bool))
     whole_size = float(found.levels.size(masks.ops, masks.filters))

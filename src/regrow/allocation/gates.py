@@ -11,7 +11,7 @@ from regrow.allocation.levels import Levels, build_levels, step_mask
 from regrow.core.amounts import Measure
 from regrow.core.axes import AxisGraph
 from regrow.core.axes.operations import Branch, lies_in
-from regrow.core.candidates import candidate_paths, exclusive_sets, tied_operations
+from regrow.core.candidates import candidate_paths, tied_operations
 
 # A margin so far below 0 that the surrogate gradient of the step function vanishes there
 NEVER = -2.0
@@ -60,9 +60,7 @@ class Gates:
         tied: The index of the operation whose importance and threshold decide each one: its own, unless several are
             decided together.
         node: The index of the sum that each operation's output is added to, ``[operations]``.
-        single: Whether exactly one operation of that sum is left at the end of the search, ``[operations]`` bool.
-        axis: The index in ``keys`` of the axis of each filter, ``[filters]``.
-        keys: The axis keys in the order of their thresholds.
+        axis: The index, in the order of their thresholds, of the axis of each filter, ``[filters]``.
         spans: Per axis of ``levels.axes``: the index of its first filter, how many it has, and how many it must keep.
         round_to: An axis that has that many filters and loses some keeps a multiple of this number.
         blocks: Path of a block that can be dropped → its branch; such operations are in no sum of candidates.
@@ -75,9 +73,7 @@ class Gates:
     needed: tuple[Tensor, ...]
     tied: Tensor
     node: Tensor
-    single: Tensor
     axis: Tensor
-    keys: tuple[str, ...]
     spans: tuple[tuple[int, int, int], ...]
     round_to: int = 1
     blocks: Mapping[str, Branch] = field(default_factory=dict)
@@ -235,7 +231,7 @@ def build_gates(
         raise ValueError("how long operations take was not measured: measure_latency(…) does it")
     index = build_levels(axes, parameters, sums, measure, latency, blocks)
     ops = (*(path for paths in sums.values() for path in paths), *blocks)
-    number, alone = {path: i for i, path in enumerate(ops)}, {path for paths in exclusive_sets(model) for path in paths}
+    number = {path: i for i, path in enumerate(ops)}
     spans, axis = [], []
     for key, base in index.axes.items():
         size = axes[key].size
@@ -253,9 +249,7 @@ def build_gates(
         node=torch.tensor(
             [i for i, paths in enumerate((*sums.values(), *zip(blocks, strict=True))) for _ in paths], dtype=torch.long
         ),
-        single=torch.tensor([path in alone for path in ops], dtype=torch.bool),
         axis=torch.tensor(axis, dtype=torch.long),
-        keys=tuple(keys),
         spans=tuple(spans),
         round_to=round_to,
         blocks=blocks,

@@ -15,11 +15,7 @@ Peak = Callable[[int, int], int]
 
 
 class MemoryBudgetError(ValueError):
-    """Raised if no stages fit a memory budget: ``cell`` (from 0) by itself needs ``least`` bytes, the least budget."""
-
-    def __init__(self, message: str, least: int, cell: int) -> None:
-        super().__init__(message)
-        self.least, self.cell = least, cell
+    """Raised if no stages fit a memory budget; the message has the least budget in bytes."""
 
 
 @dataclass(frozen=True)
@@ -33,29 +29,21 @@ class MemoryStages:
     peaks: tuple[int, ...]
     recomputed: bool = False
 
-    @property
-    def peak(self) -> int:
-        """The peak memory of the whole search, in bytes."""
-        return max(self.peaks)
 
-
-def plan_stages(peak: Peak, cells: int, budget: int, first: int = 0) -> MemoryStages:
-    """Return stages of cells from ``first`` on that each fit ``budget`` bytes; earlier ones take as many as fit.
+def plan_stages(peak: Peak, cells: int, budget: int) -> MemoryStages:
+    """Return stages of cells that each fit ``budget`` bytes; earlier ones take as many as fit.
 
     ``peak``: function of a stage's first cell and the last cell that runs → bytes; ``cells``: how many cells there are.
     Raises ``MemoryBudgetError`` if a cell by itself does not fit. Stages are the fewest if the peak grows with the last
     cell. So the last stage has the most room to spare, since later stages depend on an estimate of how small earlier
-    cells will be. The caller plans again after each stage, with ``first`` = the next cell. A final phase over all
-    cells, all of them small, needs no more memory than the last stage.
+    cells will be. A final phase over all cells, all of them small, needs no more memory than the last stage.
 
     >>> plan_stages(lambda first, last: 10 * (last - first + 1) + 3 * first, cells=6, budget=30)
     MemoryStages(ends=(2, 4, 5), peaks=(30, 29, 25), recomputed=False)
     """
-    if not 0 <= first < cells:
-        raise ValueError(f"cells {first} to {cells - 1} are to be searched: there is none")
-    peak_of = cache(peak)
-    if peak_of(first, cells - 1) <= budget:  # even if fewer cells need more
-        return MemoryStages((cells - 1,), (peak_of(first, cells - 1),))
+    peak_of, first = cache(peak), 0
+    if peak_of(0, cells - 1) <= budget:  # even if fewer cells need more
+        return MemoryStages((cells - 1,), (peak_of(0, cells - 1),))
     ends, peaks = [], []
     while first < cells:
         if peak_of(first, first) > budget:
@@ -65,9 +53,7 @@ def plan_stages(peak: Peak, cells: int, budget: int, first: int = 0) -> MemorySt
             least = peak_of(worst, worst)
             raise MemoryBudgetError(
                 f"{format_bytes(budget)} of memory do not suffice: part {worst + 1}, searched in a stage of its own, "
-                f"needs {format_bytes(least)} ({least} bytes). Give that much, or a smaller batch or width",
-                least,
-                worst,
+                f"needs {format_bytes(least)} ({least} bytes). Give that much, or a smaller batch or width"
             )
         last = first
         while last + 1 < cells and peak_of(first, last + 1) <= budget:

@@ -162,11 +162,6 @@ def check_memory(needed: int, what: str, remedy: str) -> None:
         )
 
 
-def problem(error: BaseException) -> str:
-    """Return :func:`reason` without the remedy, which an error's message has behind its first semicolon."""
-    return reason(error).partition("; ")[0]
-
-
 def reason(error: BaseException) -> str:
     """Return an exception's message, or its type if it has none, on one line of at most 100 characters."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__

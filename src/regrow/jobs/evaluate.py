@@ -8,9 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from regrow import evaluation
 from regrow.core.amounts import parse_bytes
@@ -20,6 +18,7 @@ from regrow.core.progress import Progress, silent
 from regrow.core.sources import Batch, Source
 from regrow.data.batch_streams import join_batches
 from regrow.evaluation.choice import CHOICE_TOKENS, count_choice_tokens
+from regrow.evaluation.measure import count_positions
 from regrow.evaluation.scores import Evaluation, evaluate_objective
 from regrow.jobs.inputs import SourceSpecs, read_sources
 from regrow.jobs.memory_needs import check_memory_plan, list_model_needs
@@ -166,13 +165,6 @@ def plan_evaluation_memory(
             tokens = count_choice_tokens(opened.loaded.model, opened.loaded.tokenizer, items)
             total = max(total, tokens)
     return plan_memory(opened.network(), parse_bytes(memory), -(-total // longest), longest, what="evaluating")
-
-
-def count_positions(batch: Batch) -> int:
-    """Return how many tokens a batch has, padded and unlabelled ones included; without token ids, its examples."""
-    leaves = (leaf for leaf in tree_leaves((batch.args, dict(batch.kwargs))) if isinstance(leaf, Tensor))
-    ids = next((leaf for leaf in leaves if leaf.dtype in (torch.int32, torch.int64)), None)
-    return batch.size if ids is None else ids.numel()
 
 
 def evaluate_named(settings: Settings, invocation: Invocation) -> dict[str, Any]:

@@ -254,9 +254,7 @@ class MemoryWatch:
                 f"{format_bytes(self.budget)} of memory do not suffice: stage {state.stage + 1} needs "
                 f"{format_bytes(needed)} ({needed} bytes), as earlier ones left the network and with parts computed "
                 "anew. What they found is kept, but cannot go on with another budget: search anew, with more --memory "
-                "or a smaller --batch-size",
-                needed,
-                self.search.space.part(state.stage),
+                "or a smaller --batch-size"
             )
         return needed
 

@@ -16,12 +16,9 @@ from regrow.training.learner import (
     Context,
     Event,
     Learner,
-    Loss,
-    Step,
     Stream,
     make_tensor,
     set_train_mode,
-    task_loss,
 )
 
 S = TypeVar("S")
@@ -39,43 +36,19 @@ def freeze(*models: nn.Module) -> Iterator[None]:
         yield
 
 
-def freeze_norms(model: nn.Module) -> None:
-    """Put the BatchNorms of a network in eval mode: they normalise by their running statistics, which stay."""
-    for module in model.modules():
-        if isinstance(module, _BatchNorm):
-            module.eval()
-
-
 def train_with_frozen_norms(state: S, context: Context, boundary: Boundary) -> S:
     """Hook ``boundary``: training mode when an epoch starts; after the first task, BatchNorm keeps its statistics."""
     set_train_mode(state, context, boundary)
     if boundary.event == Event.EPOCH_START and context.number:
-        freeze_norms(context.model)
+        for module in context.model.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
     return state
 
 
 def copy_parameters(context: Context) -> dict[str, AxisTensor]:
     """Return a copy of every parameter by name, for a learner's state: a plan resizes the copies too."""
     return {name: make_tensor(context, name, p.detach().clone()) for name, p in context.parameters().items()}
-
-
-def quadratic_loss(
-    context: Context,
-    step: Step,
-    strength: float,
-    importance: Mapping[str, AxisTensor],
-    anchor: Mapping[str, AxisTensor],
-) -> Loss:
-    """Return the task's loss, after the first task plus ``strength`` · Σ importance · (θ − anchor)².
-
-    The sum is over all parameters θ; ``importance`` and ``anchor``: name of a parameter → a tensor of its shape.
-    """
-    loss = task_loss(None, context, step).value
-    if context.number:
-        for name, parameter in context.parameters().items():
-            moved = parameter - anchor[name].values
-            loss = loss + strength * (importance[name].values * moved.square()).sum()
-    return Loss(loss)
 
 
 def copy_weights(context: Context) -> dict[str, Tensor]:

@@ -12,8 +12,18 @@ import torch
 
 from regrow.core.axes.axis import AxisTensor
 from regrow.settings.constraints import CheckedSettings, NonNegative, Positive
-from regrow.training.hooks import copy_parameters, quadratic_loss
-from regrow.training.learner import Boundary, Context, Event, Learner, Loss, Step, make_tensor, set_train_mode
+from regrow.training.hooks import copy_parameters
+from regrow.training.learner import (
+    Boundary,
+    Context,
+    Event,
+    Learner,
+    Loss,
+    Step,
+    make_tensor,
+    set_train_mode,
+    task_loss,
+)
 
 CITATION = "Zenke et al., Continual learning through synaptic intelligence, ICML 2017"
 
@@ -46,7 +56,12 @@ def build(settings: Settings) -> Learner[SiState]:
     """Return the learner that trains with synaptic intelligence."""
 
     def compute_loss(state: SiState, context: Context, step: Step) -> Loss:
-        return quadratic_loss(context, step, settings.strength, state.weight, state.anchor)
+        loss = task_loss(None, context, step).value
+        if context.number:
+            for name, parameter in context.parameters().items():
+                moved = parameter - state.anchor[name].values
+                loss = loss + settings.strength * (state.weight[name].values * moved.square()).sum()
+        return Loss(loss)
 
     def integrate(state: SiState, context: Context, step: Step) -> SiState:
         with torch.no_grad():
