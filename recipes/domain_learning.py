@@ -111,7 +111,8 @@ def read_moments(run: Run, ends: tuple[str, ...]) -> dict[str, Tensor]:
     def watch(name: str) -> Callable[..., None]:
         def add_products(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0].detach().flatten(0, -2).float()
-            found[name] = found.get(name, 0) + x.T @ x
+            with torch.autocast(x.device.type, enabled=False):  # else the product is in bfloat16
+                found[name] = found.get(name, 0) + x.T @ x
 
         return add_products
 
