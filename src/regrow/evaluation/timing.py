@@ -309,7 +309,7 @@ def measure_latency(
     ]
     weight = {path: times[0].get(path, 0.0) for path in held}
     total, curves = sum(weight.values()), dict[str, Sequence[tuple[float, float]]]()
-    means = [sum(weight[path] * n / entries[0][path] for path, n in each.items()) / (total or 1) for each in entries]
+    means = [sum(weight[path] * (n / entries[0][path]) for path, n in each.items()) / (total or 1) for each in entries]
     for path in paths:
         curve: dict[float, float] = {}
         for each, mean, own in zip(entries, means, times, strict=True):
