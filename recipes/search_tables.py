@@ -36,6 +36,9 @@ ARMS: dict[str, tuple[str, dict[str, Any], int]] = {
     "operations": ("trials", {"levels": "operations"}, 18),
     "filters": ("trials", {"levels": "filters"}, 18),
     "mgas, operations": ("mgas", {"levels": "operations"}, 18),
+    "mgas, two stages": ("mgas", {}, 20),
+    "two stages, nothing regrown": ("mgas", {"regrow": 0.0}, 20),
+    "two stages, nothing repruned": ("mgas", {"reprune": False}, 20),
     "DARTS": ("darts", {}, 12),
     "uniform": ("blind", {"what": "filters"}, 24),
     "random": ("blind", {"what": "operations"}, 24),
@@ -47,7 +50,8 @@ def measure(args: Namespace, arm: str, target: str, seed: int) -> Row:
     """Return the figures of a run."""
     method, own, epochs = ARMS[arm]
     settings = Settings(args.space, str(args.cifar), target, method=method, method_settings=own, epochs=epochs)
-    settings = replace(settings, train=args.train, test=10_000, retrain=args.retrain, stages=1, seed=seed, undo=False)
+    settings = replace(settings, train=args.train, test=10_000, retrain=args.retrain, seed=seed, undo=False)
+    settings = replace(settings, stages=2 if "two stages" in arm else 1)
     start = time.process_time()
     place = args.work / f"{arm}-{target}-{seed}".replace(" ", "-").replace("%", "")
     drawn = [settings]
