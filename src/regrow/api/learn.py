@@ -19,7 +19,7 @@ from regrow.core.plan import Plan
 from regrow.core.progress import Progress, silent
 from regrow.core.sources import Batch, Source
 from regrow.core.tables import Table, format_html
-from regrow.core.tasks import Task, first_examples
+from regrow.core.tasks import Task, first_examples, pack_batch
 from regrow.data.datasets import to_tasks
 from regrow.evaluation.continual import Matrix
 from regrow.evaluation.measure import evaluating
@@ -218,11 +218,7 @@ def with_optimizer(schedule: AnySchedule, optimizer: OptimizerLike) -> AnySchedu
 def first_batch(task: Task) -> Batch:
     """Return the first two training examples of a task (or its only one) as a batch, with labels."""
     first = first_examples(task.train, 2)
-    where = f"source {task.name!r}, first examples"
-    if isinstance(first.inputs, Mapping):
-        return Batch((), first.inputs, first.labels, where)
-    inputs = (first.inputs,) if isinstance(first.inputs, torch.Tensor) else tuple(first.inputs)
-    return Batch(inputs, {}, first.labels, where)
+    return pack_batch(first.inputs, first.labels, f"source {task.name!r}, first examples")
 
 
 def _first_batches(tasks: list[Task]) -> Iterator[Source]:

@@ -29,7 +29,7 @@ from regrow.nets.loaded import (
     text_example,
 )
 from regrow.nets.packaged import PACKAGED
-from regrow.store import probe
+from regrow.store import models, probe
 from regrow.store.run_record import RUN, read_run
 from regrow.streaming.opening import open_network
 from regrow.tracing import trace
@@ -83,9 +83,7 @@ def load_model(spec: ModelSpec, progress: Progress = silent, code: str = "") -> 
 
 def attach_origin(loaded: Loaded) -> torch.nn.Module:
     """Set ``origin`` and ``tokenizer`` as attributes of a network that lacks them, as regrow.load does; return it."""
-    for name, value in (("origin", loaded.origin), ("tokenizer", loaded.tokenizer)):
-        if value is not None and not hasattr(loaded.model, name):
-            setattr(loaded.model, name, value)
+    models.attach_origin(loaded.model, loaded.origin, loaded.tokenizer)
     return loaded.model
 
 

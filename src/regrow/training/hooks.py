@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from regrow.core.axes.axis import AxisTensor
-from regrow.tracing.capture import keep_modes
+from regrow.scoring.gradients import evaluation_mode
 from regrow.training.learner import (
     Boundary,
     Context,
@@ -29,10 +29,7 @@ def freeze(*models: nn.Module) -> Iterator[None]:
     """Context manager in which networks are in eval mode and their parameters need no gradient; restores both."""
     with ExitStack() as stack:
         for model in models:
-            stack.enter_context(keep_modes(model))
-            for parameter in model.parameters():
-                stack.callback(parameter.requires_grad_, parameter.requires_grad)
-            model.eval().requires_grad_(False)
+            stack.enter_context(evaluation_mode(model, differentiated=()))
         yield
 
 
