@@ -39,6 +39,7 @@ ARMS: dict[str, tuple[str, dict[str, Any], int]] = {
     "mgas, two stages": ("mgas", {}, 20),
     "two stages, nothing regrown": ("mgas", {"regrow": 0.0}, 20),
     "two stages, nothing repruned": ("mgas", {"reprune": False}, 20),
+    "two stages, filters regrown, too": ("mgas", {"regrow_filters": 0.2}, 20),
     "DARTS": ("darts", {}, 12),
     "uniform": ("blind", {"what": "filters"}, 24),
     "random": ("blind", {"what": "operations"}, 24),
