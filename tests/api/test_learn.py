@@ -80,6 +80,20 @@ def test_an_optimizer_of_ones_own():
     assert not torch.equal(own[0].weight, other[0].weight)
 
 
+@pytest.mark.parametrize("method", ["ewc", "laplace"])
+def test_strengths_are_relative_to_the_rate_of_ones_own_optimizer(method):
+    given, sgd = tasks(TARGETS["classification"][1]), partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True)
+    by_name = regrow.learn(net(), given, method=method, epochs=2, lr=0.1).model
+    own = regrow.learn(net(), given, method=method, epochs=2, optimizer=sgd).model
+    assert torch.equal(by_name[0].weight, own[0].weight)
+
+
+def test_the_global_generator_is_left_as_it_was():
+    model, state = net(), torch.get_rng_state()
+    regrow.learn(model, tasks(TARGETS["classification"][1]), method="laplace", epochs=1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_a_network_that_grows_is_the_result():
     model, _ = small("mlp:12", (1, 8, 8), 10, 0)
     given = {"grow": "always", "cap": 4.0}

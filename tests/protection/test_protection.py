@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from regrow.core.tasks import Examples, Task
-from regrow.data.streams import load_digits, permuted_tasks
+from regrow.data.streams import load_digits, permuted_tasks, sample_task, split_by_classes
 from regrow.methods import LEARNERS
+from regrow.methods.continual import sparsegrow
 from regrow.nets.vision import small
+from regrow.protection import learner as protection_learner
 from regrow.protection.factors import measure_factors, measure_surrogate, read_inputs
 from regrow.protection.guards import apply_guards, build_guards
 from regrow.protection.low_rank import compress_factors, expand_factors
@@ -24,10 +26,16 @@ SCHEDULE = TaskSchedule(epochs=2, batch_size=64, lr=0.05)
 TASKS = permuted_tasks(load_digits(), 2)
 
 
-def learned(method: str, spec: str = "mlp:24-16", tasks: list[Task] = TASKS, **settings: Any) -> Fitted[Any]:
+def learned(
+    method: str,
+    spec: str = "mlp:24-16",
+    tasks: list[Task] = TASKS,
+    schedule: TaskSchedule = SCHEDULE,
+    **settings: Any,
+) -> Fitted[Any]:
     model, _ = small(spec, tasks[0].train.inputs.shape[1:], 10)
     learner = LEARNERS[method].create(method, settings)
-    return learn(model, trace(model, tasks[0].train.inputs[:2]), tasks, learner, SCHEDULE)
+    return learn(model, trace(model, tasks[0].train.inputs[:2]), tasks, learner, schedule)
 
 
 def factors_of(net: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
@@ -153,9 +161,11 @@ def test_a_proximal_step_solves_its_penalty() -> None:
     torch.testing.assert_close(gradient, torch.zeros_like(gradient), atol=1e-5, rtol=0)
 
 
-def test_gpm_changes_no_answer_to_the_inputs_of_its_basis() -> None:
+@pytest.mark.parametrize("how", [{}, {"weight_decay": 0.01}, {"optimizer": "adamw", "lr": 0.005}])
+def test_gpm_changes_no_answer_to_the_inputs_of_its_basis(how: dict[str, Any]) -> None:
     """A layer's outputs stay on inputs in the span of its basis, with the bias, whatever is learned next."""
-    first, both = learned("gpm", tasks=TASKS[:1]), learned("gpm")
+    schedule = replace(SCHEDULE, **how)
+    first, both = learned("gpm", tasks=TASKS[:1], schedule=schedule), learned("gpm", schedule=schedule)
     columns = first.state.learner.columns("1.weight")
     before, after = (
         torch.cat([fitted.model.get_parameter("1.weight"), fitted.model.get_parameter("1.bias")[:, None]], 1).detach()
@@ -224,6 +234,82 @@ def test_boundaries_are_detected_where_tasks_change() -> None:
         lost[boundaries] = state.rows[0][0] - state.rows[2][0]
         assert state.learner.tasks == (3 if boundaries == "known" else 2)
     assert lost["detected"] <= lost["known"] + 0.03
+
+
+@pytest.mark.parametrize(("method", "strength"), [("laplace", 0.5), ("ewc", 100.0), ("sparsegrow", 0.5)])
+@pytest.mark.parametrize("size", [64, 192, 600])
+def test_pulls_do_not_depend_on_the_steps_of_an_epoch(
+    method: str, strength: float, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pulls: list[float] = []
+
+    def note(guards: Any, model: nn.Module, **how: float) -> None:
+        pulls.append(how["pull"] if guards else 0.0)
+
+    for module in (protection_learner, sparsegrow):
+        monkeypatch.setattr(module, "apply_guards", note)
+    schedule = replace(SCHEDULE, batch_size=size)
+    learned(method, "mlp:8", schedule=schedule, **{"grow": "never"} if method == "sparsegrow" else {})
+    steps = SCHEDULE.epochs * -(-len(TASKS[1].train) // size)
+    assert sum(pulls) == pytest.approx(steps * SCHEDULE.lr * strength)
+
+
+class Unusual(nn.Module):
+    """A layer used twice, a bias that is not trained, a position per token, and a scalar."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.twice, self.last = nn.Linear(8, 12), nn.Linear(12, 12), nn.Linear(12, 10)
+        self.places, self.scale = nn.Parameter(torch.zeros(1, 8, 12)), nn.Parameter(torch.tensor(1.0))
+        self.first.bias.requires_grad_(False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.twice((self.first(inputs.flatten(1, 2)) + self.places).relu()).relu()
+        return self.last(self.twice(hidden).relu().mean(1)) * self.scale
+
+
+@pytest.mark.parametrize("scenario", ["domain", "class"])
+@pytest.mark.parametrize("method", ["laplace", "ncl", "ewc", "gpm", "sparsegrow"])
+def test_unusual_parameters_are_learned_and_frozen_ones_stay(method: str, scenario: str) -> None:
+    net, before = Unusual(), Unusual().first.bias
+    tasks = split_by_classes(sample_task(load_digits(), 200, 20), 2)
+    learner = LEARNERS[method].create(method, {})
+    learn(net, trace(net, tasks[0].train.inputs[:2]), tasks, learner, replace(SCHEDULE, scenario=scenario))
+    assert torch.equal(net.first.bias[:12], before) and net.scale.item() != 1
+
+
+def test_inputs_of_a_layer_used_twice_are_a_mean_over_its_calls() -> None:
+    net = Unusual()
+    moments = factors_of(net, torch.randn(6, 1, 8, 8))["twice.weight inputs"]
+    assert float(moments[-1, -1]) == 1 and float(torch.linalg.eigvalsh(moments.double())[0]) > -1e-6
+
+
+def test_factors_do_not_depend_on_which_dimension_has_the_classes() -> None:
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = body
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.net(inputs).movedim(1, -1)
+
+    body = nn.Sequential(nn.Conv1d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv1d(4, 3, 1))
+    labels = torch.arange(10).view(2, 5) % 3
+    labels[0, 0] = -100  # not labelled
+    examples = [Examples(torch.randn(2, 2, 5), labels)]
+    one, other = (measure_factors(net, examples, torch.Generator().manual_seed(0)) for net in (body, Last()))
+    assert len(one) == 4
+    for key, value in one.items():
+        torch.testing.assert_close(value, other[f"net.{key}"])
+
+
+def test_a_network_that_begins_with_an_embedding_grows() -> None:
+    net = nn.Sequential(nn.Embedding(20, 16), nn.Flatten(), nn.Linear(48, 16), nn.ReLU(), nn.Linear(16, 2))
+    tokens = torch.randint(20, (40, 3))
+    tasks = [Task(f"{i}", data := Examples(tokens, (tokens[:, i] > 9).long()), data, (0, 1)) for i in (0, 1)]
+    fitted = learn(net, trace(net, tokens[:2]), tasks, LEARNERS["sparsegrow"].create("sparsegrow", {}), SCHEDULE)
+    assert len(fitted.model.get_parameter("2.weight")) > 16 and fitted.model.get_parameter("0.weight").shape == (20, 16)
 
 
 def test_strengths_are_relative_to_the_rate() -> None:

@@ -192,7 +192,8 @@ def growable_axes(axes: AxisGraph) -> tuple[Axis, ...]:
     A residual stream, which several weights produce, is left out.
     """
     kinds, free = classify_axes(axes), [axis for axis in axes.units() if not axis.narrow]
-    return tuple(a for a in free if kinds.get(a.key) == "mlp" or len(producing_weights(a, axes)) == 1)
+    made = {a.key: len(producing_weights(a, axes)) for a in free}  # 0: by an embedding, whose units cannot be fitted
+    return tuple(a for a in free if made[a.key] == 1 or (made[a.key] and kinds.get(a.key) == "mlp"))
 
 
 def producing_weights(axis: Axis, axes: AxisGraph) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from regrow.core.errors import InputError
 from regrow.core.objectives import CLASSIFICATION, OBJECTIVES, OWN, Objective, choose_objective
 from regrow.core.plan import Plan
 from regrow.core.progress import Progress, silent
-from regrow.core.sources import Batch, Source
+from regrow.core.sources import Batch, Source, preserve_random_state
 from regrow.core.tables import Table, format_html
 from regrow.core.tasks import Task, first_examples, pack_batch
 from regrow.data.datasets import to_tasks
@@ -148,7 +148,7 @@ def learn(
     names = tuple(task.name for task in all_tasks)
     config = Settings(names, net.loaded.origin.name, method, dict(settings or {}), scenario, epochs, batch_size)
     config = replace(config, lr=float(lr), weight_decay=float(weight_decay), precision=precision, seed=seed)
-    with nullcontext(progress) if out is None else ensure_progress(progress) as bar:
+    with preserve_random_state(), nullcontext(progress) if out is None else ensure_progress(progress) as bar:
         open_inputs = partial(_open_inputs, call, config, net, all_tasks, optimizer)
         fitted = learn_tasks(config, open_inputs, call.start_run("learn", bar))
     state = fitted.state

@@ -117,11 +117,15 @@ def class_score(output: object, labels: Tensor) -> Tensor:
 
     The result is ``[positions]`` bool; positions with the label −100 are left out.
     """
+    return select_logits(output, labels).argmax(-1) == labels[labels != IGNORED]
+
+
+def select_logits(output: object, labels: Tensor) -> Tensor:
+    """Return the logits of all labelled positions, ``[positions, classes]``; arguments as :func:`class_loss`."""
     logits = _resize(logits_in(output), labels)
     if logits.shape[:-1] != labels.shape:  # [N, classes, …], as cross_entropy takes it
         logits = logits.movedim(1, -1)
-    counted = labels != IGNORED
-    return logits.argmax(-1)[counted] == labels[counted]
+    return logits[labels.to(logits.device) != IGNORED]
 
 
 def binary_loss(output: object, labels: object) -> Tensor:

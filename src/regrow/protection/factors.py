@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from regrow.core.axes.axis import AxisTensor
-from regrow.core.sources import logits_in
+from regrow.core.objectives import select_logits
 from regrow.core.tasks import Examples, mask_classes, run_network
 from regrow.scoring.gradients import evaluation_mode
 from regrow.scoring.watch import RECURRENT, find_inputs
@@ -28,7 +28,11 @@ LARGEST = 2048  # a factor of a layer with more inputs, or outputs, is its diago
 
 
 def measure_factors(
-    model: nn.Module, batches: Iterable[Examples], generator: torch.Generator, classes: Tensor | None = None
+    model: nn.Module,
+    batches: Iterable[Examples],
+    generator: torch.Generator,
+    classes: Tensor | None = None,
+    largest: int = LARGEST,
 ) -> dict[str, Tensor]:
     """Return the Kronecker factors of every layer that the batches reach, and the Fisher diagonals of what has none.
 
@@ -47,15 +51,15 @@ def measure_factors(
     ([[0.5, 0.0, 0.5], [0.0, 0.5, 0.5], [0.5, 0.5, 1.0]], 1.0)
     """
     parameters, squares, examples = dict(model.named_parameters()), dict[str, Tensor](), 0
-    sums = _FactorSums({id(parameter): name for name, parameter in parameters.items()})
+    sums = _FactorSums({id(p): name for name, p in parameters.items() if p.requires_grad}, largest)
     try:
         with evaluation_mode(model):
             for batch in batches:
                 model.zero_grad(set_to_none=True)
                 sums.examples = len(batch)
                 with sums:
-                    logits = mask_classes(logits_in(run_network(model, batch.inputs)), classes)
-                sample_log_likelihood(logits, generator).backward()
+                    logits = select_logits(run_network(model, batch.inputs), batch.labels)
+                sample_log_likelihood(mask_classes(logits, classes), generator).backward()
                 examples += len(batch)
                 for name, parameter in parameters.items():
                     if parameter.grad is not None and name not in sums.outputs:
@@ -69,7 +73,7 @@ def measure_factors(
             if name not in squares:  # no gradient reaches it
                 continue
             outputs = squares[name].flatten(1).sum(1)
-        measured[f"{name} inputs"] = total / examples
+        measured[f"{name} inputs"] = total / total.flatten()[-1]
         measured[f"{name} outputs"] = outputs / diagonal_of(outputs).mean().clamp_min(1e-30)
         with_layer.update(layer_parameters(model, name))
     for name, square in squares.items():
@@ -91,11 +95,13 @@ def diagonal_of(factor: Tensor) -> Tensor:
 
 
 def layer_parameters(model: nn.Module, weight: str) -> list[str]:
-    """Return the names of a layer's weight and, if it has one, its bias: ``a.bias`` beside ``a.weight``."""
+    """Return the names of a layer's weight and, if one is trained, its bias: ``a.bias`` beside ``a.weight``."""
     path, _, leaf = weight.rpartition(".")
     bias = leaf.removesuffix("weight") + "bias"
-    own = model.get_submodule(path)._parameters
-    return [weight] if bias == leaf or own.get(bias) is None else [weight, f"{path}.{bias}".removeprefix(".")]
+    own = model.get_submodule(path)._parameters.get(bias)
+    if bias == leaf or own is None or not own.requires_grad:
+        return [weight]
+    return [weight, f"{path}.{bias}".removeprefix(".")]
 
 
 class _FactorSums(TorchFunctionMode):
@@ -104,9 +110,9 @@ class _FactorSums(TorchFunctionMode):
     ``watched``: id of a weight → its name; ``inputs``, ``outputs``: name → sum, over examples and mean positions.
     """
 
-    def __init__(self, watched: Mapping[int, str]) -> None:
+    def __init__(self, watched: Mapping[int, str], largest: int = LARGEST) -> None:
         super().__init__()
-        self.watched = watched
+        self.watched, self.largest = watched, largest
         self.inputs: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
         self.examples = 0  # in the batch
@@ -117,11 +123,11 @@ class _FactorSums(TorchFunctionMode):
         result = func(*args, **kwargs)
         with torch.no_grad():
             for name, rows in self._read(func, args, kwargs):
-                rows = _widen(torch.cat([rows, rows.new_ones(len(rows), 1)], 1))
+                rows = widen(torch.cat([rows, rows.new_ones(len(rows), 1)], 1))
                 if self.rows is not None:
                     self.rows[name] = rows
                     continue
-                _add(self.inputs, name, _sum_products(rows) / (len(rows) / self.examples))
+                _add(self.inputs, name, _sum_products(rows, self.largest) / (len(rows) / self.examples))
                 if func not in RECURRENT and result.requires_grad:
                     _add(self.outputs, name, rows.new_zeros(()))
                     channels = 1 if func in _CONVOLUTIONS else -1
@@ -129,7 +135,7 @@ class _FactorSums(TorchFunctionMode):
         return result
 
     def _add_gradient(self, name: str, channels: int, gradient: Tensor) -> None:
-        rows = _widen(gradient.movedim(channels, -1).flatten(0, -2))
+        rows = widen(gradient.movedim(channels, -1).flatten(0, -2))
         _add(self.outputs, name, _sum_products(rows))
 
     def _read(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
@@ -168,7 +174,7 @@ def measure_surrogate(factors: Factors, context: Context, count: int, generator:
     model, example = context.model, context.task.train.take(torch.arange(1)).inputs
     first = next(iter(layers_of(factors)), "")
     bias = factors.get(f"{first} bias")
-    if not context.number or bias is None or not isinstance(example, Tensor):
+    if not context.number or bias is None or not isinstance(example, Tensor) or not example.is_floating_point():
         return {}
     if bias.values.numel() != example[0].numel():
         return {}
@@ -184,12 +190,12 @@ def measure_surrogate(factors: Factors, context: Context, count: int, generator:
     return {name: total / count for name, total in sums.inputs.items()}
 
 
-def _sum_products(rows: Tensor) -> Tensor:
-    """Return Σ x xᵀ over the rows, ``[n, n]``, or its diagonal if there are more than LARGEST columns, ``[n]``."""
-    return rows.square().sum(0) if rows.shape[1] > LARGEST else rows.T @ rows
+def _sum_products(rows: Tensor, largest: int = LARGEST) -> Tensor:
+    """Return Σ x xᵀ over the rows, ``[n, n]``, or its diagonal if there are more than ``largest`` columns, ``[n]``."""
+    return rows.square().sum(0) if rows.shape[1] > largest else rows.T @ rows
 
 
-def _widen(values: Tensor) -> Tensor:
+def widen(values: Tensor) -> Tensor:
     """Return values in float32, unless they are float64."""
     return values if values.dtype == torch.float64 else values.float()
 
@@ -239,15 +245,16 @@ def add_factors(factors: Factors, context: Context, samples: int) -> dict[str, A
     batches = examples.batches(max(1, min(BATCH, POSITIONS * len(examples) // examples.labels.numel())))
     for key, value in measure_factors(context.model, batches, labels, context.classes).items():
         name, _, part = key.rpartition(" ")
-        outputs, *inputs = context.axes.shapes[name]
+        dims = context.axes.shapes[name]
+        outputs, inputs = dims[:1], dims[1:]
         shape = context.parameters()[name].shape[1:]
         if part == "inputs" and value.dim() > 1:
-            _add_task(result, key, value[:-1, :-1].reshape(shape * 2), (*inputs, *inputs))
-            _add_task(result, f"{name} bias", value[:-1, -1].reshape(shape), tuple(inputs))
+            _add_task(result, key, value[:-1, :-1].reshape(shape * 2), inputs * 2)
+            _add_task(result, f"{name} bias", value[:-1, -1].reshape(shape), inputs)
         elif part == "inputs":
-            _add_task(result, key, value[:-1].reshape(shape), tuple(inputs))
+            _add_task(result, key, value[:-1].reshape(shape), inputs)
         else:
-            _add_task(result, key, value, (outputs, *inputs) if part == "diagonal" else (outputs,) * value.dim())
+            _add_task(result, key, value, dims if part == "diagonal" else outputs * value.dim())
     return result
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.core.axes.axis import AxisTensor
-from regrow.protection.factors import Factors, diagonal_of, layer_parameters, layers_of
+from regrow.protection.factors import Factors, diagonal_of, layer_parameters, layers_of, widen
 from regrow.training.learner import Context
 
 
@@ -133,8 +133,9 @@ def _place(
 
 
 def side_by_side(tensors: Sequence[Tensor]) -> Tensor:
-    """Return a weight and a bias, or a single parameter, as a copied matrix with a row per output, ``[m, n + 1]``."""
-    return torch.cat([tensor.detach().reshape(*(tensor.shape[:1] or (1,)), -1) for tensor in tensors], 1).clone()
+    """Return a weight and a bias, or a single parameter, as a matrix in float32 or float64, ``[m, n + 1]``; a copy."""
+    rows = torch.cat([tensor.detach().reshape(*(tensor.shape[:1] or (1,)), -1) for tensor in tensors], 1)
+    return widen(rows).clone()
 
 
 def write_rows(tensors: Sequence[Tensor], rows: Tensor) -> None:

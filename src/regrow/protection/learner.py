@@ -31,7 +31,7 @@ class Protection:
     """How earlier tasks are protected.
 
     Args:
-        shrink: Learning rate → the arguments of :func:`regrow.protection.guards.apply_guards` for one step.
+        shrink: The sum of the rates of some steps → arguments of :func:`regrow.protection.guards.apply_guards`.
         add_factors: (factors, context) → the factors with those of the present task.
         damping: As of :func:`regrow.protection.guards.build_guards`.
         limit: The most bytes of factors, in multiples of the parameters'; beyond them their leading eigenvectors are
@@ -59,6 +59,7 @@ class ProtectionState:
     anchor: Mapping[str, AxisTensor] = field(default_factory=dict)  # parameters at the end of the last task, by name
     base: dict[str, int] = field(default_factory=dict)  # the initial size of every axis
     steps: int = 0  # of training, so far
+    unguarded: int = 0  # steps since guards were last applied
     lr: float = 0.0  # of the last step
     tasks: int = 0  # whose factors are added
     # Where boundaries are detected: the loss, examples and parameters from before it jumped, and how many were offered
@@ -72,8 +73,10 @@ class ProtectionState:
 def build_learner(protection: Protection) -> Learner[ProtectionState]:
     """Return the learner that trains on the loss of each task, and applies its guards between steps."""
 
-    def apply(state: ProtectionState, context: Context) -> None:
-        apply_guards(state.guards, context.model, **protection.shrink(state.lr))
+    def apply(state: ProtectionState, context: Context) -> ProtectionState:
+        if state.unguarded:
+            apply_guards(state.guards, context.model, **protection.shrink(state.lr * state.unguarded))
+        return replace(state, unguarded=0)
 
     def guard(state: ProtectionState, context: Context) -> ProtectionState:
         context = replace(context, number=state.tasks)
@@ -101,7 +104,8 @@ def build_learner(protection: Protection) -> Learner[ProtectionState]:
             return replace(state, watch=watch)
         rows = {**name_inputs(step.batch.inputs), "labels": step.batch.labels}
         rows = add_to_replay_memory(state.rows, state.seen, context, protection.recent, rows)
-        calm = state.calm if state.steps % (2 * protection.every) else copy_parameters(context)  # just guarded
+        due = not state.calm or state.steps % (2 * protection.every) == 0  # just guarded, but for the first
+        calm = copy_parameters(context) if due else state.calm
         return replace(state, watch=watch, rows=rows, calm=calm, seen=state.seen + len(step.batch))
 
     def widen(state: ProtectionState, context: Context, boundary: Boundary, plan: Plan) -> ProtectionState:
@@ -119,9 +123,9 @@ def build_learner(protection: Protection) -> Learner[ProtectionState]:
         return protection.growth.plan(context, state.base), state
 
     def after_step(state: ProtectionState, context: Context, step: Step) -> ProtectionState:
-        state = replace(state, steps=state.steps + 1, lr=step.lr)
-        if state.guards and state.steps % protection.every == 0:
-            apply(state, context)
+        state = replace(state, steps=state.steps + 1, unguarded=state.unguarded + 1, lr=step.lr)
+        if state.unguarded == protection.every:
+            state = apply(state, context)
         return look(state, context, step) if protection.recent else state
 
     def boundary(state: ProtectionState, context: Context, boundary: Boundary) -> ProtectionState:
@@ -134,7 +138,7 @@ def build_learner(protection: Protection) -> Learner[ProtectionState]:
             case Event.TASK_START | Event.RESUME:
                 return guard(state, context)
             case Event.EPOCH_END:
-                apply(state, context)
+                state = apply(state, context)
                 settle_guards(state.guards, context.model)
             case Event.TASK_END if not protection.recent:
                 return consolidate(state, context, copy_parameters(context))

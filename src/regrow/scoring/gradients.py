@@ -3,7 +3,7 @@
 import inspect
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from hashlib import sha256
 
@@ -78,12 +78,15 @@ def evaluation_mode(model: nn.Module, differentiated: Sequence[str] | None = Non
     """
     modes = {module: module.training for module in model.modules()}
     requirements = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    recurrent = any(isinstance(module, nn.RNNBase) for module in modes)
     model.eval()
     if differentiated is not None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in differentiated)
     try:
-        yield
+        # cuDNN has no backward pass of recurrent layers in eval mode.
+        with torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext():
+            yield
     finally:
         for module, mode in modes.items():
             module.training = mode

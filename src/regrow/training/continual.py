@@ -143,7 +143,9 @@ def _allowed_classes(schedule: TaskSchedule, tasks: Sequence[Task], trained: int
             allowed = {c for task in tasks[: max(trained, evaluated) + 1] for c in task.classes}
         case _:  # task
             allowed = set(tasks[evaluated].classes)
-    total = 1 + max(c for task in tasks for c in task.classes)
+    total = 1 + max((c for task in tasks for c in task.classes), default=-1)
+    if not total:
+        raise ValueError(f"scenario {schedule.scenario!r} needs a class label per example; leave it at 'domain'")
     return torch.tensor([c in allowed for c in range(total)])
 
 

@@ -229,7 +229,7 @@ class _TaskTraining(Generic[S]):
                 step, loss = compute_gradients(
                     self.learner, state.learner, context, i, batches, second, self.schedule.precision, options.parallel
                 )
-                step = replace(step, lr=factor * self.schedule.lr)
+                step = replace(step, lr=factor * self.optimizers.largest_lr)
                 learned = self.learner.project(state.learner, context, step)
                 if clip:
                     nn.utils.clip_grad_norm_([p for p in context.parameters().values() if p.requires_grad], clip)

@@ -110,6 +110,11 @@ def add_to_replay_memory(
         shape = (size, *like.shape[1:])
         if name not in memory:
             memory[name] = AxisTensor(torch.zeros(shape, dtype=like.dtype, device=like.device), shape)
+        if memory[name].values.shape != shape:
+            kept = tuple(memory[name].values.shape[1:])
+            raise ValueError(
+                f"replay keeps {name} of one shape, {kept}, got {shape[1:]}; pad all examples to one length"
+            )
     generator = context.generator(Stream.REPLAY_STORE, seen)
     chosen: dict[int, int] = {}  # index in the memory → that in the batch
     for i in range(len(next(iter(rows.values())))):

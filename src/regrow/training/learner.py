@@ -122,7 +122,7 @@ class Context:
         return tuple(
             name
             for name in self.parameters()
-            if not any(self.axes[key].free for key in axes_in(self.axes.shapes[name][0]))
+            if not any(self.axes[key].free for dim in self.axes.shapes[name][:1] for key in axes_in(dim))
         )
 
     @property

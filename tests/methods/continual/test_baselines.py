@@ -8,6 +8,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import regrow
+from regrow.core.axes.axis import AxisTensor
 from regrow.core.objectives import CLASSIFICATION
 from regrow.data.streams import load_digits, permuted_tasks, sample_task, split_by_classes
 from regrow.evaluation.continual import mean_score
@@ -16,6 +17,7 @@ from regrow.jobs.recording import Invocation
 from regrow.jobs.starting import read_tasks
 from regrow.methods import LEARNERS
 from regrow.methods.continual.lwf import _compute_teacher_logits
+from regrow.methods.continual.wsn import WsnState
 from regrow.nets.vision import small
 from regrow.store.run_record import convert_settings
 from regrow.surgery.gate import parametrize
@@ -159,3 +161,28 @@ def test_a_replay_memory_is_a_fair_sample_of_all_examples() -> None:
     for seen in range(0, 2000, 10):
         memory = add_to_replay_memory(memory, seen, context, 100, {"ids": torch.arange(seen, seen + 10).float()})
     assert abs(float(memory["ids"].values.mean()) - 1000) < 250  # four standard deviations; the last 100: 1950
+
+
+def test_winning_subnetworks_drop_entries_that_raise_the_loss() -> None:
+    """Whatever the sign of its score, an entry with a positive gradient of its mask is less likely to be selected."""
+    net = torch.nn.Linear(4, 1, bias=False)
+    scores = torch.tensor([[-1.0, 1.0, -0.5, 0.5]], requires_grad=True)
+    state = WsnState({"weight": AxisTensor(scores, (1, 4), 0.1)})
+    context = Context(net, trace(net, torch.ones(2, 4)), TWO[0], number=0)
+    masked = LEARNERS["wsn"].create("wsn", {}).parametrize(state, context).values["weight"]
+    (masked / net.weight.detach()).sum().backward()
+    assert bool(((scores - 0.1 * scores.grad).abs() < scores.abs()).all())
+
+
+def test_examples_of_several_lengths_are_not_replayed() -> None:
+    context = Context(torch.nn.Linear(1, 1), NO_AXES, TWO[0], number=0)
+    stored = add_to_replay_memory({}, 0, context, 4, {"inputs": torch.zeros(2, 6)})
+    with pytest.raises(ValueError, match="pad all examples to one length"):
+        add_to_replay_memory(stored, 2, context, 4, {"inputs": torch.zeros(2, 5)})
+
+
+def test_joint_training_takes_tokens_and_named_inputs() -> None:
+    tokens = torch.randint(9, (20, 5), generator=torch.Generator().manual_seed(0))
+    net = torch.nn.Sequential(torch.nn.Embedding(9, 8), torch.nn.Linear(8, 9))
+    found = regrow.learn(net, [(tokens, tokens)] * 2, method="naive", settings={"keep": "data"}, epochs=20, lr=0.05)
+    assert found.scores.average > 0.5

@@ -12,8 +12,10 @@ from functools import partial
 import torch
 
 from regrow.core.axes.axis import AxisTensor
+from regrow.core.objectives import select_logits
 from regrow.protection.factors import Factors, sample_log_likelihood
 from regrow.protection.learner import Protection, ProtectionState, build_learner
+from regrow.scoring.gradients import evaluation_mode
 from regrow.settings.constraints import CheckedSettings, Count, Fraction, NonNegative
 from regrow.training.learner import Context, Learner, Stream, make_tensor
 
@@ -41,25 +43,22 @@ def build(settings: Settings) -> Learner[ProtectionState]:
 
 
 def _add_fisher(settings: Settings, factors: Factors, context: Context) -> dict[str, AxisTensor]:
-    """Return the diagonals of the Fisher information with that of the present task, per label, in eval mode.
-
-    Gradients are cleared; the network's mode is restored.
-    """
-    was_training, parameters = context.model.training, context.parameters()
+    """Return the diagonals of the Fisher information with that of the present task, per label; clear gradients."""
+    parameters = context.parameters()
     fisher = {name: torch.zeros_like(p) for name, p in parameters.items()}
     order = torch.randperm(len(context.task.train), generator=context.generator(Stream.FISHER_EXAMPLES))
     generator = context.generator(Stream.FISHER_LABELS)
-    context.model.eval()
     chosen = order[: settings.samples].tolist()
-    for i in chosen:
-        context.model.zero_grad(set_to_none=True)
-        logits = context.logits(context.task.train.take(torch.tensor([i])).inputs)
-        sample_log_likelihood(logits, generator).backward()
-        for name, parameter in parameters.items():
-            if parameter.grad is not None:
-                fisher[name] += parameter.grad.square() / (len(chosen) * logits[..., 0].numel())
+    with evaluation_mode(context.model):
+        for i in chosen:
+            context.model.zero_grad(set_to_none=True)
+            example = context.task.train.take(torch.tensor([i]))
+            logits = select_logits(context.logits(example.inputs), example.labels)
+            sample_log_likelihood(logits, generator).backward()
+            for name, parameter in parameters.items():
+                if parameter.grad is not None:
+                    fisher[name] += parameter.grad.square() / (len(chosen) * len(logits))
     context.model.zero_grad(set_to_none=True)
-    context.model.train(was_training)
     result = {}
     for name, value in fisher.items():
         before = factors.get(f"{name} diagonal")

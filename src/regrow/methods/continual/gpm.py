@@ -1,14 +1,16 @@
-"""Gradient projection memory (GPM): gradients are orthogonal to the inputs that earlier tasks gave each layer.
+"""Gradient projection memory (GPM): steps are orthogonal to the inputs that earlier tasks gave each layer.
 
 Saha, Garg, Roy, ICLR 2021 (arXiv 2103.09762): after a task, a layer's basis M gains the principal directions of its
-inputs that M lacks, until it holds a fraction ``energy`` of their sum of squares; then  G ← G − G M Mᵀ. Unlike there,
-the bias is one more input, which is 1, so that it is trained too. Parameters of other layers, such as those of norms,
-are frozen after the first task.
+inputs that M lacks, until it holds a fraction ``energy`` of their sum of squares; then  Δ ← Δ − Δ M Mᵀ  for every step
+Δ. For plain SGD that is to project gradients, as there; it also holds with weight decay and AdamW. Unlike there, the
+bias is one more input, which is 1, so that it is trained too. Parameters of other layers, such as those of norms, and
+of layers with very many inputs are frozen after the first task.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +21,9 @@ from regrow.protection.guards import side_by_side, write_rows
 from regrow.settings.constraints import CheckedSettings, Count, Fraction
 from regrow.training.hooks import train_with_frozen_norms
 from regrow.training.learner import Boundary, Context, Event, Learner, Step, Stream
+from regrow.training.state import derived
 
+LARGEST = 8192  # a layer with more inputs is frozen after the first task
 CITATION = "Saha, Garg, Roy, Gradient projection memory for continual learning, ICLR 2021 (arXiv 2103.09762)"
 
 
@@ -44,6 +48,7 @@ class GpmState:
 
     basis: Mapping[str, AxisTensor] = field(default_factory=dict)  # [*inputs, directions]
     bias: Mapping[str, AxisTensor] = field(default_factory=dict)  # of the constant input of the bias, [directions]
+    before: Mapping[str, Tensor] = derived(dict)  # weights and biases before the step, by name of the weight
 
     def columns(self, name: str) -> Tensor:
         """Return the directions of a layer, ``[n + 1, directions]``."""
@@ -53,24 +58,33 @@ class GpmState:
 
 def build(settings: Settings) -> Learner[GpmState]:
     """Return the learner that trains with gradient projection memory."""
-    return Learner(GpmState(), project=_project_gradients, boundary=partial(_react, settings), classes_only=True)
+    hooks: dict[str, Any] = {"project": _copy_parameters, "after_step": _project_steps}
+    return Learner(GpmState(), **hooks, boundary=partial(_react, settings), classes_only=True)
 
 
-def _project_gradients(state: GpmState, context: Context, step: Step) -> GpmState:
-    """Hook ``project``: G ← G − G M Mᵀ, in place; other parameters lose their gradients after the first task."""
+def _copy_parameters(state: GpmState, context: Context, step: Step) -> GpmState:
+    """Hook ``project``: copy layers with a basis; other parameters lose their gradients after the first task."""
     if not context.number:
         return state
-    parameters, projected = context.parameters(), set[str]()
+    parameters, projected, before = context.parameters(), set[str](), dict[str, Tensor]()
     for name in state.basis:
         names = layer_parameters(context.model, name)
         gradients = [gradient for part in names if (gradient := parameters[part].grad) is not None]
         if len(gradients) == len(names):
-            columns, rows = state.columns(name), side_by_side(gradients)
-            columns = columns[: rows.shape[1]]
-            write_rows(gradients, rows - rows @ columns @ columns.T)
+            before[name] = side_by_side([parameters[part] for part in names])
             projected.update(names)
     for name in parameters.keys() - projected:
         parameters[name].grad = None
+    return replace(state, before=before)
+
+
+@torch.no_grad()
+def _project_steps(state: GpmState, context: Context, step: Step) -> GpmState:
+    """Hook ``after_step``: Δ ← Δ − Δ M Mᵀ of what the optimizer changed, in place."""
+    for name, before in state.before.items():
+        parts = [context.model.get_parameter(part) for part in layer_parameters(context.model, name)]
+        change, columns = side_by_side(parts) - before, state.columns(name)[: before.shape[1]]
+        write_rows(parts, before + change - change @ columns @ columns.T)
     return state
 
 
@@ -82,7 +96,9 @@ def _react(settings: Settings, state: GpmState, context: Context, boundary: Boun
     train = context.task.train
     order = torch.randperm(len(train), generator=context.generator(Stream.FISHER_EXAMPLES))
     examples = train.take(order[: settings.samples]).batches(BATCH)
-    measured = measure_factors(context.model, examples, context.generator(Stream.FISHER_LABELS), context.classes)
+    measured = measure_factors(
+        context.model, examples, context.generator(Stream.FISHER_LABELS), context.classes, LARGEST
+    )
     basis, bias, energy = dict(state.basis), dict(state.bias), settings.first_energy
     for key in (key for key, value in measured.items() if key.endswith(" inputs") and value.dim() > 1):
         name = key.removesuffix(" inputs")

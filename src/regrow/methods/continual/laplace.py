@@ -65,7 +65,7 @@ def build(settings: Settings) -> Learner[ProtectionState]:
     """Return the learner that trains with Kronecker-factored Laplace."""
 
     def shrink(lr: float) -> dict[str, float]:
-        return {"pull": lr * settings.every * settings.strength, "gate": settings.gate}
+        return {"pull": lr * settings.strength, "gate": settings.gate}
 
     s = settings
     growth = Growth(s.grow, s.width, s.multiple, s.cap, s.directions, PROJECTION, s.seed)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regrow.core.axes.axis import AxisTensor
-from regrow.core.objectives import class_loss
+from regrow.core.objectives import class_loss, select_logits
 from regrow.core.sources import logits_in
 from regrow.core.tasks import mask_classes, pack_batch, run_network
 from regrow.settings.constraints import CheckedSettings, NonNegative, Positive
@@ -55,7 +55,8 @@ def build(settings: Settings) -> Learner[LwfState]:
             return Loss(loss)
         teacher_logits = _compute_teacher_logits(state, context, step.batch.inputs)
         known = state.known or slice(None)  # tokens have no classes of a task
-        new, old = (x.flatten(0, -2)[:, known] / settings.temperature for x in (logits, teacher_logits))
+        labelled = (select_logits(x, step.batch.labels) for x in (logits, teacher_logits))
+        new, old = (x[:, known] / settings.temperature for x in labelled)
         distance = F.kl_div(new.log_softmax(-1), old.log_softmax(-1), reduction="batchmean", log_target=True)
         return Loss(loss + settings.strength * settings.temperature**2 * distance)
 

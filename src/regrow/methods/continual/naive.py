@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 
+from regrow.core.objectives import class_loss
 from regrow.core.tasks import Examples
+from regrow.data.datasets import join_examples
 from regrow.settings.constraints import CheckedSettings, OneOf
 from regrow.training.hooks import train_with_frozen_norms
 from regrow.training.learner import Context, Learner, Loss, Step, Stream, set_train_mode, task_loss
@@ -73,9 +74,9 @@ def _joint_loss(state: NaiveState, context: Context, batch: Examples) -> Loss:
         if count := int((task_indices == i).sum()):
             indices = torch.randint(len(task.train), (count,), generator=generator)
             parts.append(task.train.take(indices).to(batch.labels.device))
-    inputs, labels = (torch.cat([getattr(part, name) for part in parts]) for name in ("inputs", "labels"))
-    logits = context.replay_logits(inputs, labels)
+    joint = join_examples(parts)
+    logits, labels = context.replay_logits(joint.inputs, joint.labels), joint.labels
     weight = 1 / len(past)  # of the current task relative to all earlier ones
-    new = F.cross_entropy(logits[: len(batch)], labels[: len(batch)])
-    old = F.cross_entropy(logits[len(batch) :], labels[len(batch) :])
+    new = class_loss(logits[: len(batch)], labels[: len(batch)])
+    old = class_loss(logits[len(batch) :], labels[len(batch) :])
     return Loss((weight * new + old) / (weight + 1))

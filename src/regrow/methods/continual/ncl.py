@@ -40,7 +40,7 @@ def build(settings: Settings) -> Learner[ProtectionState]:
     """Return the learner that trains with natural continual learning."""
 
     def shrink(lr: float) -> dict[str, float]:
-        return {"gate": settings.strength, "decay": lr * settings.every * settings.pull}
+        return {"gate": settings.strength, "decay": lr * settings.pull}
 
     measure = partial(add_factors, samples=settings.samples)
     return build_learner(Protection(shrink, measure, settings.damping, every=settings.every))

@@ -55,7 +55,10 @@ def build(settings: Settings) -> Learner[WsnState]:
     def select_weights(state: WsnState, context: Context) -> Replacements:
         parameters, number = context.parameters(), context.eval_task
         if number is None:
-            masks = {name: _SelectLargest.apply(state.score[name].values, settings.share) for name in context.weights}
+            sizes = {name: state.score[name].values.abs() for name in context.weights}
+            masks = {
+                name: _SelectLargest.apply(size, settings.share).to(parameters[name]) for name, size in sizes.items()
+            }
             return Replacements({name: parameters[name] * mask for name, mask in masks.items()})
         masks = _values(state.used)
         if settings.use_task_id and number <= context.number:

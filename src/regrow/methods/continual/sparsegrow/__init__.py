@@ -36,7 +36,7 @@ from regrow.core.axes import Axis
 from regrow.core.axes.axis import AxisTensor
 from regrow.core.objectives import class_loss
 from regrow.core.plan import Fill, Plan
-from regrow.core.tasks import mask_classes
+from regrow.core.tasks import first_examples, mask_classes
 from regrow.methods.continual.sparsegrow.state import SparseGrowState
 from regrow.protection.factors import add_factors
 from regrow.protection.growth import direct_new_units, extend_anchor, fit_to_task, weigh_new_units
@@ -154,7 +154,7 @@ def _react(s: Settings, state: SparseGrowState, context: Context, boundary: Boun
         case Event.RESUME:
             return _prepare_guards(s, state, context)
         case Event.EPOCH_END:
-            _apply_guards(s, state, context)
+            state = _apply_guards(s, state, context)
             settle_guards(state.guards, context.model)
         case Event.TASK_END:
             return _end_task(s, state, context)
@@ -221,9 +221,9 @@ def _protect_gradients(state: SparseGrowState, context: Context, step: Step) -> 
 
 def _restrict_step(s: Settings, state: SparseGrowState, context: Context, step: Step) -> SparseGrowState:
     """Hook ``after_step``: apply the gates when due, restore frozen entries, both in place, and fill the memory."""
-    state = replace(state, steps=state.steps + 1, lr=step.lr)
-    if state.steps % s.every == 0:
-        _apply_guards(s, state, context)
+    state = replace(state, steps=state.steps + 1, unguarded=state.unguarded + 1, lr=step.lr)
+    if state.unguarded == s.every:
+        state = _apply_guards(s, state, context)
     with torch.no_grad():
         for name, (is_frozen, value) in state.frozen.items():
             parameter = context.model.get_parameter(name)
@@ -267,11 +267,13 @@ def _plan_growth(s: Settings, state: SparseGrowState, context: Context) -> tuple
     return Plan.growing(context.axes, added, fill, origin={"method": "sparsegrow"}), replace(state, old=old)
 
 
-def _apply_guards(s: Settings, state: SparseGrowState, context: Context) -> None:
+def _apply_guards(s: Settings, state: SparseGrowState, context: Context) -> SparseGrowState:
     """Shrink the change since guards were last applied, and pull parameters to their anchor, in place."""
     factor = s.strength_factor if _replays_classes(s, context) else 1.0
-    pull = state.lr * s.every * s.pull * factor
-    apply_guards(state.guards, context.model, gate=s.strength * factor, pull=pull)
+    pull = state.lr * state.unguarded * s.pull * factor
+    if state.unguarded:
+        apply_guards(state.guards, context.model, gate=s.strength * factor, pull=pull)
+    return replace(state, unguarded=0)
 
 
 def _initialise_new_units(s: Settings, state: SparseGrowState, context: Context, plan: Plan) -> None:
@@ -291,10 +293,11 @@ def _end_task(s: Settings, state: SparseGrowState, context: Context) -> SparseGr
         for thresholded in state.thresholded(context):
             thresholded.weight.mul_(thresholded.kept)
             thresholded.threshold.zero_()
+        outputs = context.logits(first_examples(context.task.train, 1).inputs).shape[-1]
     for name, parameter in context.parameters().items():
         owned = state.owned[name].values
         used = parameter.detach() != 0 if name in context.weights else torch.ones_like(owned)
-        if context.classes is not None and name in context.head:
+        if context.classes is not None and name in context.head and parameter.shape[:1] == (outputs,):
             used[len(context.classes) :] = False  # rows of classes to come stay free
             used[: len(context.classes)] &= context.classes.to(used.device).view(-1, *[1] * (used.dim() - 1))
         owned |= used

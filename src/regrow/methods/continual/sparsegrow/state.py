@@ -34,6 +34,7 @@ class SparseGrowState:
     rows: Mapping[str, AxisTensor] = field(default_factory=dict)  # the replay memory: inputs and labels
     base: dict[str, int] = field(default_factory=dict)  # the initial size of every axis
     steps: int = 0  # of training, so far
+    unguarded: int = 0  # steps since guards were last applied
     lr: float = 0.0  # of the last step
     free: dict[str, float] = field(default_factory=dict)  # the fraction of directions that a layer's gate lets through
     seen: int = 0  # examples offered to the memory
