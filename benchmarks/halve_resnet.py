@@ -37,7 +37,7 @@ from regrow.training.tune import recalibrate
 
 OUT = Path(__file__).parent / "results" / "halve_resnet.jsonl"
 ARMS = ("trials", "mgas", "magnitude", "default", "torch-pruning magnitude", "torch-pruning taylor")
-EPOCHS = {"trials": 10, "mgas": 10}  # of the search: about half of the minutes
+EPOCHS = {"trials": 10, "mgas": 5}  # of the search: about half of the minutes
 RATE = 0.02
 
 
