@@ -82,8 +82,82 @@ def test_weights_are_kept_without_training(target):
         ({"smaller": 0.5, "epochs": 2}, "no epoch to learn masks in"),
         ({"target": "params=9M"}, "not below what the whole space has"),
         ({"smaller": 0.5, "method": "gold_nas"}, "has no candidates"),
+        ({"smaller": 0.5, "settings": {"target": 5000.0}}, "target=5000.0: it follows from --target"),
+        ({"smaller": 0.5, "settings": {"measure": "macs"}}, "measure=macs: it follows from --target"),
+        ({"smaller": 0.5, "method": "blind", "settings": {"split": (0.5, 0.5)}}, "a share for each of operations"),
     ],
 )
 def test_mistakes_name_the_remedy(given, words):
     with pytest.raises(ValueError, match=words):
         regrow.search(network(), images(), **given)
+
+
+class Several(nn.Module):
+    """Six candidates of 281 to 1,601 parameters; or two of which one is chosen; or three, the same in five places."""
+
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        perceptrons = {f"o{i}": self.perceptron(8 * i) for i in range(1, 7)}
+        given = {
+            "sum": lambda: regrow.Candidates(perceptrons),
+            "one": lambda: regrow.Candidates({"small": self.perceptron(4), "big": nn.Linear(16, 16)}, single=True),
+            "tied": lambda: regrow.Candidates(
+                {"x": nn.Linear(16, 16), "y": self.perceptron(16), "z": nn.ReLU()}, tied="t"
+            ),
+        }[kind]
+        self.first, self.last = nn.Linear(6, 16), nn.Linear(16, 2)
+        self.places = nn.ModuleList(given() for _ in range(5 if kind == "tied" else 1))
+
+    @staticmethod
+    def perceptron(width):
+        return nn.Sequential(nn.Linear(16, width), nn.ReLU(), nn.Linear(width, 16))
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        for place in self.places:
+            x = place(x)
+        return self.last(x)
+
+
+def rows_of(n=80):
+    """Rows whose class is the sign of the first number."""
+    inputs = torch.randn(n, 6, generator=torch.Generator().manual_seed(0))
+    return inputs, (inputs[:, 0] > 0).long()
+
+
+def test_smaller_operations_return_where_the_next_does_not_fit():
+    result = regrow.search(Several("sum"), rows_of(), target="params=50%", method="blind", epochs=0)
+    assert 0.98 * result.target < result.size <= result.target
+
+
+def test_operations_go_where_zeroed_weights_do_not_reach_the_target():
+    result = regrow.search(Several("sum"), rows_of(), target="nonzero=2%", epochs=3)
+    assert result.size <= result.target and result.saved["filters"] + result.saved["operations"] > 0
+
+
+@pytest.mark.parametrize("method", ["trials", "mgas", "gold_nas"])
+def test_the_chosen_candidate_is_one_that_meets_the_target(method):
+    own = {} if method == "gold_nas" else {"settings": {"levels": ("operations",)}}
+    result = regrow.search(Several("one"), rows_of(), target="params=60%", method=method, epochs=4, **own)
+    assert result.size <= result.target and [path for plan in result.plans for path in plan.drop] == [
+        "places.0.ops.big"
+    ]
+
+
+def test_tied_candidates_are_chosen_together_by_darts():
+    result = regrow.search(Several("tied"), rows_of(), target="params=60%", method="darts", epochs=3, lr=0.3)
+    dropped = sorted(path for plan in result.plans for path in plan.drop)
+    left = [name for name in "xyz" if f"places.0.ops.{name}" not in dropped]
+    assert dropped == sorted(f"places.{i}.ops.{name}" for i in range(5) for name in "xyz" if name not in left)
+
+
+def test_a_resumed_search_returns_the_rows_of_all_epochs(tmp_path, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    given = {"target": "params=50%", "method": "gold_nas", "epochs": 4, "out": tmp_path / "run"}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("regrow.jobs.search.extract_network", stop)
+        regrow.search(Several("sum"), rows_of(), **given)
+    assert [row["epoch"] for row in regrow.search(Several("sum"), rows_of(), **given).rows] == [1, 2, 3, 4]

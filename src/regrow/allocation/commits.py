@@ -27,21 +27,26 @@ def select_removed(gates: Gates, masks: GateMasks, axes: AxisGraph) -> tuple[lis
     return drop, keep
 
 
-def limit_removal(gates: Gates, masks: GateMasks, allowed: float) -> GateMasks:
+def limit_removal(gates: Gates, masks: GateMasks, allowed: float, fill: float = 0.0) -> GateMasks:
     """Return masks that remove less: operations and filters are put back, up to a network cost of ``allowed``.
 
-    Those nearest to their thresholds come first.
+    Those nearest to their thresholds come first. Then other operations follow, each of which takes at least a tenth of
+    what is left, until the cost is ``fill`` of ``allowed``.
     """
     margins = torch.cat(masks.margins)
     eligible = torch.cat([gates.alive & gates.runs, torch.ones_like(masks.filters, dtype=torch.bool)])
     removed = (eligible & (torch.cat([masks.ops, masks.filters]) == 0)).nonzero()[:, 0]
     order = removed[margins[removed].argsort(descending=True)].tolist()
 
-    def is_too_large(count: int) -> bool:
-        return float(gates.levels.size(*set_masks(gates, masks, order[:count], 1.0), masks.weights)) > allowed
+    def cost(indices: Sequence[int]) -> float:
+        return float(gates.levels.size(*set_masks(gates, masks, indices, 1.0), masks.weights))
 
-    most = bisect_left(range(1, len(order) + 1), True, key=is_too_large)  # pricing everything takes long
-    ops, filters = set_masks(gates, masks, order[:most], 1.0)
+    most = bisect_left(range(1, len(order) + 1), True, key=lambda n: cost(order[:n]) > allowed)  # pricing all is slow
+    back, size = order[:most], cost(order[:most])
+    for index in (i for i in order[most:] if i < len(masks.ops)):
+        if size < fill * allowed and (allowed - size) / 10 <= (more := cost([*back, index]) - size) <= allowed - size:
+            back, size = [*back, index], size + more
+    ops, filters = set_masks(gates, masks, back, 1.0)
     return replace(masks, ops=ops, filters=filters)
 
 
@@ -133,28 +138,19 @@ def fit_to_budget(
     """
     ops, filters, weights = masks.ops.clone(), masks.filters.clone(), masks.weights
     none = gates.alive.new_zeros(gates.levels.entries)
+    searched = relative if weights is not None and gates.levels.sparse else None
+    floor = torch.zeros_like(weights) if searched is not None and weights is not None else weights
 
     def size() -> float:
-        return float(gates.levels.size(ops, filters, weights))
+        return float(gates.levels.size(ops, filters, floor))
 
-    if weights is not None and relative is not None and gates.levels.sparse:
-        active = gates.levels.active(ops, filters) & (weights > 0)
-        price = torch.where(active, gates.levels.price[: len(relative)], 0.0)
-        order = torch.where(active, relative, torch.inf).argsort()
-        before = price[order].cumsum(0) - price[order]
-        removed = none.index_fill(0, order[before < size() - target], True)
-        if size() - float(price.sum()) > target:
-            raise ValueError(
-                f"the target {target:g} is below what is left without any weight, {size() - price.sum():g}"
-            )
-        return ops, filters, removed & active
     # Margins of a level that is not searched are all 1.
     searches_ops, searches_filters = (bool((margin != 1).any()) for margin in masks.margins)
     removable = [len(ops) + i for i in removable_filters(gates, filters, masks.margins[1])] if searches_filters else []
     removable += _removable_operations(gates, ops, masks.margins[0]) if searches_ops else []
 
     def fits(count: int) -> bool:
-        return float(gates.levels.size(*set_masks(gates, masks, removable[:count], 0.0))) <= target
+        return float(gates.levels.size(*set_masks(gates, masks, removable[:count], 0.0), floor)) <= target
 
     fewest = bisect_left(range(len(removable) + 1), True, key=fits)  # pricing everything takes long
     ops, filters = set_masks(gates, masks, removable[:fewest], 0.0)
@@ -165,6 +161,13 @@ def fit_to_budget(
             f"the target {target:g} cannot be reached: {size():g} is the least that this search can leave; take a "
             "higher one, or search filters or weights too"
         )
+    if searched is not None and weights is not None:
+        active = gates.levels.active(ops, filters) & (weights > 0)
+        price = torch.where(active, gates.levels.price[: len(searched)], 0.0)
+        order = torch.where(active, searched, torch.inf).argsort()
+        before = price[order].cumsum(0) - price[order]
+        over = float(gates.levels.size(ops, filters, weights)) - target
+        none = none.index_fill(0, order[before < over], True) & active
     return ops, filters, none
 
 

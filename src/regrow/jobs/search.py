@@ -219,7 +219,9 @@ def _search(
     budget = parse_bytes(settings.memory) if settings.memory else 0
     watch = MemoryWatch(search, budget, settings.batch_size, dict(state.learner.memory))
     search.around_trial = watch.measure_trial
-    log = SearchRecord(record, watch, [("epoch", dict(row)) for row in state.learner.history], len(state.plans))
+    done = [row for row in record.metrics() if row["what"] == "epoch"][: None if state.number else state.epoch]
+    rows = [("epoch", {key: value for key, value in row.items() if key != "what"}) for row in done]
+    log = SearchRecord(record, watch, rows, len(state.plans))
 
     def save(state: TrainState[SearchState], context: Context) -> None:
         log.write(state, unfinished=1)

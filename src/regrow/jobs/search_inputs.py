@@ -134,6 +134,10 @@ def make_search(
     ``derived``: settings that follow from the run, of which it takes those that it has; ``table``: the times of a pass,
     for a target in ms. Single weights are searched under ``nonzero`` only: elsewhere zeros cost, too.
     """
+    for name in ("target", "measure", "stages"):
+        if name in settings.method_settings:
+            given = f"--set {name}={settings.method_settings[name]}"
+            raise ValueError(f"{given}: it follows from --target and --stages; leave it out")
     levels = GRANULARITIES if measure == Measure.NONZERO else GRANULARITIES[:2]
     entry = find_method(MethodKind.SEARCH, settings.method)
     derived = select_method_settings(entry, {"measure": str(measure), "levels": levels, **derived})
@@ -180,6 +184,8 @@ def build_search(
         derived["augment"] = False
     search = make_search(settings, measure, derived, table)
     space = search.space
+    if settings.stages > 1 and not space.ends[1:]:
+        raise ValueError(f"--stages {settings.stages}: a search of {settings.space} by {settings.method} has one stage")
     if plan is not None and space.ends != plan.ends:
         ends = ", ".join(str(end + 1) for end in plan.ends)
         raise ValueError(

@@ -217,6 +217,7 @@ ROW_KINDS: Mapping[str, tuple[type[Any], tuple[str, ...] | None]] = {
     "reconstruction": (ReconstructionRow, ()),
     "recovery": (RecoveryRow, ("round",)),
     "result": (MetricsRow, ()),
+    "retrained": (MetricsRow, ("fresh",)),
     "size": (SizeRow, ("model", "round")),
     "stages": (MetricsRow, ()),
     "task": (TaskRow, ("task",)),

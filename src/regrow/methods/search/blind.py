@@ -48,7 +48,7 @@ class Settings:
         if not self.what or list(self.what) != [name for name in GRANULARITIES if name in self.what]:
             names = ", ".join(GRANULARITIES)
             raise ValueError(f"what must be of {names}, in this order, got {', '.join(self.what) or 'none'}")
-        if len(self.what) > 1 and (
+        if (len(self.what) > 1 or self.split) and (
             len(self.split) != len(self.what) or min(self.split) < 0 or abs(sum(self.split) - 1) > 1e-6
         ):
             split = ", ".join(f"{share:g}" for share in self.split) or "none"

@@ -35,14 +35,16 @@ FULL = 0.98  # the fraction of a target that is used, where a unit fits
 
 
 @torch.no_grad()
-def plan_masked_cut(search: Search, state: SearchState, context: Context, masks: GateMasks, target: float) -> Commit:
+def plan_masked_cut(
+    search: Search, state: SearchState, context: Context, masks: GateMasks, target: float, fill: float = 0.0
+) -> Commit:
     """Return the plan that removes what ``masks`` masks, as far as the size is above the allowed one, and the state.
 
     The allowed size is :meth:`Search.allowed_size`. Masked operations stay where ``target``, a size, could not be
-    reached without them.
+    reached without them, and where they fill it: ``fill`` as in :func:`regrow.allocation.commits.limit_removal`.
     """
     layout, space = state.layout, search.space
-    masks = limit_removal(layout, masks, search.allowed_size(state, context, target))
+    masks = limit_removal(layout, masks, search.allowed_size(state, context, target), fill)
     masks = protect_cheapest(build_layout(space, state.axes, context, space.part(-1)), masks, target, space.cuts)
     drop, keep = select_removed(layout, masks, context.axes)
     saved = savings(layout, masks)
@@ -78,8 +80,11 @@ def plan_drop(search: Search, state: SearchState, context: Context, ops: Tensor)
 def plan_fit(search: Search, state: SearchState, context: Context, target: float) -> Commit:
     """Return the plan that removes what is masked and, least important first, as much more as the target requires.
 
-    Thresholds are set to 0 in place. Without anything to remove, the plan is that of :func:`plan_single_choice`.
+    Thresholds are set to 0 in place. Where candidates exclude each other, the plan is first :func:`plan_single_choice`.
     """
+    plan, state = plan_single_choice(search, state, context)
+    if plan:
+        return plan, state
     with torch.no_grad():
         masks = search.masks(state, context)
         relative, levels = None, state.layout.levels
@@ -88,9 +93,9 @@ def plan_fit(search: Search, state: SearchState, context: Context, target: float
         ops, filters, weights = commits.fit_to_budget(state.layout, masks, relative, target)
         state = replace(state, zero_mask=state.zero_mask | weights)
         masks = replace(search.masks(state, context), ops=ops, filters=filters)
-    plan, state = plan_masked_cut(search, state, context, masks, target)
+    plan, state = plan_masked_cut(search, state, context, masks, target, FULL)
     state.clear_thresholds()
-    return (plan, state) if plan else plan_single_choice(search, state, context)
+    return plan, state
 
 
 @torch.no_grad()
@@ -112,14 +117,20 @@ def fill_with_weights(search: Search, state: SearchState, context: Context, targ
 def plan_single_choice(search: Search, state: SearchState, context: Context) -> Commit:
     """Return the plan that drops all but the best of each set of exclusive candidates, or ``None``; and the state."""
     sets, layout, alpha = exclusive_sets(context.model), state.layout, state.alpha.values.detach()
+    if state.edges is not None:
+        alpha = state.edges.share(alpha)
     if not sets:
         return None, state
-    ops = search.masks(state, context).ops.detach().clone()
+    ops = layout.alive.float()
     indices = {path: i for i, path in enumerate(layout.ops)}
     for paths in sets:
         alive = [indices[path] for path in paths if layout.alive[indices[path]]]
-        best = max(alive, key=lambda i: float(alpha[layout.tied[i]]))
-        ops[[i for i in alive if i != best]] = 0.0
+        for best in sorted(alive, key=lambda i: float(alpha[layout.tied[i]]), reverse=True):
+            others = torch.tensor([i for i in alive if i != best], dtype=torch.long, device=ops.device)
+            trial = ops.index_fill(0, others, 0.0)
+            if least_cost(replace(layout, alive=layout.alive & (trial > 0)), search.space.cuts) <= search.space.target:
+                break  # the best with which the target can be met
+        ops = trial
     return plan_drop(search, state, context, ops)
 
 
@@ -202,8 +213,10 @@ def _find_restorable(state: SearchState, context: Context) -> dict[str, list[int
     """Return axis key → ids of the filters that were cut in this stage and can be restored."""
     stored = context.undo.restorable if context.undo else {}
     found = {
-        key: [unit for unit in ids if key in state.layout.levels.axes and unit in stored.get(key, ())]
+        # One that was restored and cut again is named twice.
+        key: [unit for unit in ids if ids.count(unit) == 1 and unit in stored.get(key, ())]
         for key, ids in state.cut.items()
+        if key in state.layout.levels.axes
     }
     return {key: units for key, units in found.items() if units}
 
@@ -217,7 +230,8 @@ def plan_refill(search: Search, state: SearchState, context: Context, target: fl
     restorable, masks = _find_restorable(state, context), search.masks(state, context)
     room = target - float(measure_masked(state, masks))
     prices = price_filters(state.layout, masks)
-    cost = {key: float(prices[base]) for key, (base, _, _) in iterate_spans(state.layout)}
+    # The more of them, the more one costs where a tensor makes and reads filters of one axis.
+    cost = {key: float(prices[base]) * (1 + 1 / size) for key, (base, size, _) in iterate_spans(state.layout)}
     restorable = {key: units for key, units in restorable.items() if cost[key] <= room}
     if room <= (1 - FULL) * target or not restorable:
         return None, state

@@ -148,10 +148,15 @@ build = Darts
 
 def choose_operations(state: SearchState) -> Tensor:
     """Return the final choice, ``[operations]`` bool: the best operation on each of the two best edges of a node."""
-    return select_operations(state.edges.share(state.alpha.values).detach(), state.edges.edge, state.layout.node)
+    return select_operations(_shares(state).detach(), state.edges.edge, state.layout.node)
 
 
 def _scale_by_softmax(state: SearchState, context: Context) -> dict[str, Tensor]:
     """Return name of each node's parameter ``scale`` → one number per operation, softmax(α) per edge; 0: dropped."""
-    share = state.edges.share(state.alpha.values) * state.layout.alive
+    share = _shares(state) * state.layout.alive
     return split_scale(context, share)
+
+
+def _shares(state: SearchState) -> Tensor:
+    """Return the softmax of α on each edge, ``[operations]``; of tied operations that of the first."""
+    return state.edges.share(state.alpha.values).index_select(0, state.layout.tied)
