@@ -149,8 +149,7 @@ def _react(s: Settings, state: SparseGrowState, context: Context, boundary: Boun
             if boundary.plan.origin.get("method") == "sparsegrow":
                 _initialise_new_units(s, state, context, boundary.plan)
             weigh_new_units(state.factors, context, share=s.group_norm_damping)
-            anchor = extend_anchor(state.anchor, context, boundary)
-            return _prepare_guards(s, replace(state, anchor=anchor), context)
+            return _prepare_guards(s, replace(state, anchor=extend_anchor(state.anchor, context, boundary)), context)
         case Event.RESUME:
             return _prepare_guards(s, state, context)
         case Event.EPOCH_END:
@@ -255,13 +254,11 @@ def _plan_growth(s: Settings, state: SparseGrowState, context: Context) -> tuple
     free = {axis: _free_share(s, state, axis, context) for axis in growable_axes(context.axes)}
     limit = 1.0 if s.grow == "always" else s.min_free  # always: wherever any capacity is used
     exhausted = sorted((axis for axis in free if free[axis] < limit), key=lambda axis: free[axis])
-    added = plan_growth(context.axes, exhausted, state.base, share=s.width, multiple=s.multiple, cap=s.cap)
-    if not added:
+    if not (added := plan_growth(context.axes, exhausted, state.base, share=s.width, multiple=s.multiple, cap=s.cap)):
         return None, state
     old = {}  # all True now; new units get False when the plan is applied, which tells them apart
     for name in context.weights:
-        parameter = context.model.get_parameter(name)
-        ones = torch.ones(len(parameter), dtype=torch.bool, device=parameter.device)
+        ones = torch.ones(len(context.parameters()[name]), dtype=torch.bool, device=context.device)
         old[name] = AxisTensor(ones, context.axes.shapes[name][:1])  # along the output dimension
     fill = Fill("zero_out", seed=s.seed)
     return Plan.growing(context.axes, added, fill, origin={"method": "sparsegrow"}), replace(state, old=old)
@@ -270,9 +267,9 @@ def _plan_growth(s: Settings, state: SparseGrowState, context: Context) -> tuple
 def _apply_guards(s: Settings, state: SparseGrowState, context: Context) -> SparseGrowState:
     """Shrink the change since guards were last applied, and pull parameters to their anchor, in place."""
     factor = s.strength_factor if _replays_classes(s, context) else 1.0
-    pull = state.lr * state.unguarded * s.pull * factor
+    gate, pull = s.strength * factor, state.lr * state.unguarded * s.pull * factor
     if state.unguarded:
-        apply_guards(state.guards, context.model, gate=s.strength * factor, pull=pull)
+        apply_guards(state.guards, context.model, gate=gate, pull=pull)
     return replace(state, unguarded=0)
 
 
