@@ -122,10 +122,14 @@ def class_score(output: object, labels: Tensor) -> Tensor:
 
 def select_logits(output: object, labels: Tensor) -> Tensor:
     """Return the logits of all labelled positions, ``[positions, classes]``; arguments as :func:`class_loss`."""
-    logits = _resize(logits_in(output), labels)
-    if logits.shape[:-1] != labels.shape:  # [N, classes, …], as cross_entropy takes it
-        logits = logits.movedim(1, -1)
+    logits = put_classes_last(output, labels)
     return logits[labels.to(logits.device) != IGNORED]
+
+
+def put_classes_last(output: object, labels: Tensor) -> Tensor:
+    """Return the logits of all positions, ``[..., classes]``; arguments as :func:`class_loss`."""
+    logits = _resize(logits_in(output), labels)
+    return logits if logits.shape[:-1] == labels.shape else logits.movedim(1, -1)  # [N, classes, …]
 
 
 def binary_loss(output: object, labels: object) -> Tensor:

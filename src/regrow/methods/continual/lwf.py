@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regrow.core.axes.axis import AxisTensor
-from regrow.core.objectives import class_loss, select_logits
+from regrow.core.objectives import IGNORED, class_loss, put_classes_last
 from regrow.core.sources import logits_in
 from regrow.core.tasks import mask_classes, pack_batch, run_network
 from regrow.settings.constraints import CheckedSettings, NonNegative, Positive
@@ -55,9 +55,13 @@ def build(settings: Settings) -> Learner[LwfState]:
             return Loss(loss)
         teacher_logits = _compute_teacher_logits(state, context, step.batch.inputs)
         known = state.known or slice(None)  # tokens have no classes of a task
-        labelled = (select_logits(x, step.batch.labels) for x in (logits, teacher_logits))
-        new, old = (x[:, known] / settings.temperature for x in labelled)
-        distance = F.kl_div(new.log_softmax(-1), old.log_softmax(-1), reduction="batchmean", log_target=True)
+        labels = step.batch.labels
+        new, old = (
+            (put_classes_last(x, labels)[..., known] / settings.temperature).log_softmax(-1)
+            for x in (logits, teacher_logits)
+        )
+        counted = labels != IGNORED  # a mask: to select positions would wait for the device
+        distance = (F.kl_div(new, old, reduction="none", log_target=True).sum(-1) * counted).sum() / counted.sum()
         return Loss(loss + settings.strength * settings.temperature**2 * distance)
 
     def keep_teacher(state: LwfState, context: Context, boundary: Boundary) -> LwfState:
