@@ -132,9 +132,9 @@ def fit_to_budget(
 
     ``relative``: the importance of each weight, ``[N]``, which is needed if weights are searched. Returns (mask of
     operations, mask of filters, weights removed, ``[N]`` bool); ``ValueError`` if the target cannot be met. Weights are
-    removed if they are searched and the measure counts only non-zero ones. Otherwise filters are removed, if they are
-    searched, and then operations; if that is not enough, operations that a node needs are exchanged for cheaper ones,
-    the least important first.
+    removed if they are searched and the measure counts only non-zero ones. What no weight can save is taken from
+    filters, if they are searched, and then operations; if that is not enough, operations that a node needs are
+    exchanged for cheaper ones, the least important first.
     """
     ops, filters, weights = masks.ops.clone(), masks.filters.clone(), masks.weights
     none = gates.alive.new_zeros(gates.levels.entries)
