@@ -38,7 +38,6 @@ DATA = (IMAGES, LABELS)
 TASKS = [((IMAGES, LABELS % 2), (IMAGES[:16], LABELS[:16] % 2))] * 2
 SETTINGS = {
     "mgas": {"warm": 1, "every": 1, "levels": ("operations", "filters")},
-    "gold_nas": {"warm": 1},
     "gprune": {"steps": 4, "every": 2, "shards": 2},
     "replay": {"memory": 40, "logit_weight": 0.5, "asymmetric_loss": True},
     "sparsegrow": {"multiple": 1, "late_phase": 0.5, "memory": 40},
@@ -195,7 +194,7 @@ def test_learn_command(device, tmp_path):
 @pytest.mark.parametrize("method", SEARCHERS)
 def test_search(device, method):
     steps, around = [], lambda state, context, step: counted(steps)
-    quick = {"train": 16, "test": 20, "batch_size": 8, "epochs": 3 if method == "gold_nas" else 2, "stages": 1}
+    quick = {"train": 16, "test": 20, "batch_size": 8, "epochs": 2, "stages": 1}
     quick |= {"method_settings": SETTINGS.get(method, {}), "cutout": 0, "retrain": 0}
     states = []
     for place in ("cpu", "acc"):

@@ -22,7 +22,6 @@ RECIPES = Path(__file__).parents[1] / "recipes"
         ("sparsegrow", "sparsegrow_tables.py ablation --show", "| new units dense |"),
         ("sparsegrow", "sparsegrow_tables.py shift --show", "| PackNet, task named |"),
         ("sparsegrow", "sparsegrow_twins.py --show", "| layer expansion, SparseGrow |"),
-        ("mgas", "mgas_tables.py --show", "| MGAS (reconstructed) |"),
         ("baselines", "recovery_table.py --show", "| refit |"),
         ("gprune", "rank_variation.py --show", "| wifv | key-value groups, pooled |"),
         ("baselines", "equal_terms.py --show", "| llm_pruner |"),

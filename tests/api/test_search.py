@@ -81,10 +81,8 @@ def test_weights_are_kept_without_training(target):
         ({"smaller": 0.5, "method": "mgs"}, "did you mean 'mgas'"),
         ({"smaller": 0.5, "epochs": 2}, "no epoch to learn masks in"),
         ({"target": "params=9M"}, "not below what the whole space has"),
-        ({"smaller": 0.5, "method": "gold_nas"}, "has no candidates"),
         ({"smaller": 0.5, "settings": {"target": 5000.0}}, "target=5000.0: it follows from --target"),
         ({"smaller": 0.5, "settings": {"measure": "macs"}}, "measure=macs: it follows from --target"),
-        ({"smaller": 0.5, "method": "blind", "settings": {"split": (0.5, 0.5)}}, "a share for each of operations"),
     ],
 )
 def test_mistakes_name_the_remedy(given, words):
@@ -136,9 +134,9 @@ def test_operations_go_where_zeroed_weights_do_not_reach_the_target():
     assert result.size <= result.target and result.saved["filters"] + result.saved["operations"] > 0
 
 
-@pytest.mark.parametrize("method", ["trials", "mgas", "gold_nas"])
+@pytest.mark.parametrize("method", ["trials", "mgas"])
 def test_the_chosen_candidate_is_one_that_meets_the_target(method):
-    own = {} if method == "gold_nas" else {"settings": {"levels": ("operations",)}}
+    own = {"settings": {"levels": ("operations",)}}
     result = regrow.search(Several("one"), rows_of(), target="params=60%", method=method, epochs=4, **own)
     assert result.size <= result.target and [path for plan in result.plans for path in plan.drop] == [
         "places.0.ops.big"
@@ -156,7 +154,7 @@ def test_a_resumed_search_returns_the_rows_of_all_epochs(tmp_path, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    given = {"target": "params=50%", "method": "gold_nas", "epochs": 4, "out": tmp_path / "run"}
+    given = {"target": "params=50%", "method": "trials", "epochs": 4, "out": tmp_path / "run"}
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("regrow.jobs.search.extract_network", stop)
         regrow.search(Several("sum"), rows_of(), **given)

@@ -88,7 +88,7 @@ def test_what_a_stage_needs_with_its_masks_is_planned(space: str, memory: str, b
     assert 0.85 * max(plan.peaks) < watch.rows["0"].peak <= max(plan.peaks)
 
 
-@pytest.mark.parametrize("method", ["trials", "darts", "blind", "gold_nas"])
+@pytest.mark.parametrize("method", ["trials", "darts", "blind"])
 def test_the_memory_of_every_method_is_predicted(method: str, tmp_path: Path) -> None:
     """Trials hold a copy of the network and optimizer moments of their own."""
     settings = Settings("mobile:4-1", "digits", "params=60%", method=method, memory="64MiB", **SMALL | {"retrain": 0})

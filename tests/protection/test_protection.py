@@ -255,18 +255,20 @@ def test_pulls_do_not_depend_on_the_steps_of_an_epoch(
 
 
 class Unusual(nn.Module):
-    """A layer used twice, a bias that is not trained, a position per token, and a scalar."""
+    """A layer used twice, a bias that is not trained, one of two layers, a position per token, and a scalar."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.first, self.twice, self.last = nn.Linear(8, 12), nn.Linear(12, 12), nn.Linear(12, 10)
+        self.like = nn.Linear(12, 12)
+        self.like.bias = self.twice.bias
         self.places, self.scale = nn.Parameter(torch.zeros(1, 8, 12)), nn.Parameter(torch.tensor(1.0))
         self.first.bias.requires_grad_(False)
 
     def forward(self, inputs: Tensor) -> Tensor:
         hidden = self.twice((self.first(inputs.flatten(1, 2)) + self.places).relu()).relu()
-        return self.last(self.twice(hidden).relu().mean(1)) * self.scale
+        return self.last(self.like(self.twice(hidden).relu()).relu().mean(1)) * self.scale
 
 
 @pytest.mark.parametrize("scenario", ["domain", "class"])

@@ -149,12 +149,6 @@ class Gates:
             return price
         return self._sum_entries([layout.price for layout in self.levels.layouts])
 
-    def weightless(self) -> Tensor:
-        """Return which operations have no parameters but their scale, such as pools; none if time is the cost."""
-        if not self.ops or self.levels.times:
-            return torch.zeros_like(self.alive)
-        return self._sum_entries([torch.ones_like(layout.price) for layout in self.levels.layouts]) <= 1
-
     def _sum_entries(self, values: Sequence[Tensor]) -> Tensor:
         """Return the sum of values, ``[entries]`` or ``[1]`` per tensor, over each operation's entries."""
         total = self.alive.new_zeros(len(self.ops) + 1, dtype=torch.float64)
@@ -162,18 +156,6 @@ class Gates:
             each = max(len(layout.ops), len(value))
             total.index_add_(0, layout.ops.expand(each), value.expand(each) * (layout.entries / each))
         return total[:-1]
-
-    def shares(self, masks: GateMasks, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return per operation: whether it is active; its share of its node's importance; how many are active there.
-
-        ``alpha``: importance logits, ``[operations]``, as are all results; the share is 0 for an operation not active.
-        """
-        active = (masks.ops.detach() > 0) & self.alive & self.runs
-        share = torch.where(active, alpha.sigmoid().index_select(0, self.tied), 0.0)
-        zeros = share.new_zeros(len(self.ops))
-        count = zeros.index_add(0, self.node, active.to(share.dtype))
-        total = torch.where(count > 0, zeros.index_add(0, self.node, share), 1.0)
-        return active, share / total.index_select(0, self.node), count.index_select(0, self.node)
 
     def _protected_operations(self, margin: Tensor) -> Tensor:
         """Return the best of each set in ``needed`` that is below its thresholds, ``[operations]`` bool: it stays."""

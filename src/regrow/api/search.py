@@ -16,7 +16,7 @@ from regrow.core.amounts import Target, parse_share
 from regrow.core.axes import AxisGraph, Example
 from regrow.core.errors import InputError
 from regrow.core.progress import Progress, silent
-from regrow.core.sources import Source
+from regrow.core.sources import Source, preserve_random_state
 from regrow.core.tasks import ExampleSet, ExamplesView, Task
 from regrow.data.datasets import fix_order, to_examples
 from regrow.jobs.progress_bar import ensure_progress
@@ -104,7 +104,7 @@ def search(
     )
     config = replace(config, epochs=epochs, retrain=0, round_to=round_to, batch_size=batch_size, lr=lr, seed=seed)
     config = replace(config, weight_decay=weight_decay, precision=precision)
-    with ensure_progress(progress) as bar:
+    with preserve_random_state(), ensure_progress(progress) as bar:
         open_inputs = partial(_open_inputs, call, test, config, optimizer)
         return search_network(config, open_inputs, call.start_run("search", bar))
 

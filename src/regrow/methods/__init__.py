@@ -126,7 +126,7 @@ class MethodTable(Mapping[str, MethodEntry]):
 _NAMES = {
     MethodKind.PRUNING: "random magnitude wanda_sp flap gprune llm_pruner obs depth fisher",
     MethodKind.CONTINUAL: "naive ewc si laplace ncl gpm lwf replay packnet wsn sparsegrow",
-    MethodKind.SEARCH: "mgas trials blind darts gold_nas",
+    MethodKind.SEARCH: "mgas trials blind darts",
     MethodKind.RECOVERY: "refit lora distil",
 }
 TABLES: Mapping[MethodKind, MethodTable] = {kind: MethodTable(kind, names.split()) for kind, names in _NAMES.items()}

@@ -75,7 +75,7 @@ def measure_factors(
             outputs = squares[name].flatten(1).sum(1)
         measured[f"{name} inputs"] = total / total.flatten()[-1]
         measured[f"{name} outputs"] = outputs / diagonal_of(outputs).mean().clamp_min(1e-30)
-        with_layer.update(layer_parameters(model, name))
+        with_layer.update(layer_parameters(parameters, name))
     for name, square in squares.items():
         if name not in with_layer:
             measured[f"{name} diagonal"] = square / square.mean().clamp_min(1e-30)
@@ -94,14 +94,15 @@ def diagonal_of(factor: Tensor) -> Tensor:
     return factor if factor.dim() == 1 else factor.diagonal()
 
 
-def layer_parameters(model: nn.Module, weight: str) -> list[str]:
-    """Return the names of a layer's weight and, if one is trained, its bias: ``a.bias`` beside ``a.weight``."""
-    path, _, leaf = weight.rpartition(".")
-    bias = leaf.removesuffix("weight") + "bias"
-    own = model.get_submodule(path)._parameters.get(bias)
-    if bias == leaf or own is None or not own.requires_grad:
-        return [weight]
-    return [weight, f"{path}.{bias}".removeprefix(".")]
+def layer_parameters(parameters: Mapping[str, nn.Parameter], weight: str) -> list[str]:
+    """Return the names of a layer's weight and, if one is trained, its bias: ``a.bias`` beside ``a.weight``.
+
+    A bias that several layers share is in ``parameters``, the network's by name, once, and belongs to the first.
+    """
+    path, dot, leaf = weight.rpartition(".")
+    bias = f"{path}{dot}{leaf.removesuffix('weight')}bias"
+    own = parameters.get(bias)
+    return [weight, bias] if leaf.endswith("weight") and own is not None and own.requires_grad else [weight]
 
 
 class _FactorSums(TorchFunctionMode):

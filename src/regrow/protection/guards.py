@@ -77,9 +77,9 @@ def build_guards(
 
     ``damping`` is added to the diagonal of hidden layers' B, whose mean is 1, so that unused units are not wholly free.
     """
-    guards = {}
+    guards, parameters = {}, context.parameters()
     for name in (name for name in layers_of(factors) if name not in skip):
-        names = layer_parameters(context.model, name)
+        names = layer_parameters(parameters, name)
         inputs = _join_bias(factors, name, 0 if len(names) == 1 else context.number)
         outputs = factors[f"{name} outputs"].values / context.number
         diagonal_of(outputs).add_(0.0 if name in context.head else damping)

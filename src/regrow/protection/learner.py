@@ -104,8 +104,8 @@ def build_learner(protection: Protection) -> Learner[ProtectionState]:
             return replace(state, watch=watch)
         rows = {**name_inputs(step.batch.inputs), "labels": step.batch.labels}
         rows = add_to_replay_memory(state.rows, state.seen, context, protection.recent, rows)
-        due = not state.calm or state.steps % (2 * protection.every) == 0  # just guarded, but for the first
-        calm = copy_parameters(context) if due else state.calm
+        just_guarded = state.unguarded == 0
+        calm = copy_parameters(context) if just_guarded or not state.calm else state.calm
         return replace(state, watch=watch, rows=rows, calm=calm, seen=state.seen + len(step.batch))
 
     def widen(state: ProtectionState, context: Context, boundary: Boundary, plan: Plan) -> ProtectionState:

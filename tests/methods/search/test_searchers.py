@@ -18,7 +18,7 @@ from regrow.training.state import axis_tensors, json_values, read_checkpoint, wr
 CONFIG = supernet_config((1, 8, 8), 10, width=4, cells=2, nodes=1, stride=1, heads=(0,))
 WIRED = supernet_config((1, 8, 8), 10, width=4, cells=2, nodes=2, stride=1, operations=("skip", "sep3", "max"))
 STAGED = {"target": 2500.0, "stages": (0, 1), "share": 0.2, "warm": 1, "every": 1, "regrow": 0.5}
-STAGED |= {"regrow_filters": 0.5, "regrow_weights": 0.3}
+STAGED |= {"regrow_filters": 0.5}
 SEARCHES = {
     "mgas": (CONFIG, STAGED),
     "trials": (WIRED, {"target": 1500.0, "stages": (1,), "trial_steps": 2}),
@@ -27,7 +27,6 @@ SEARCHES = {
         {"target": 1500.0, "measure": "nonzero", "levels": ("operations", "filters", "weights"), "stages": (1,)},
     ),
     "darts": (WIRED, {"target": 1e4, "stages": (1,)}),
-    "gold_nas": (WIRED, {"target": 1500.0, "stages": (1,), "warm": 1, "keep_above": 1.0}),
 }
 """What is searched, and with which settings, by the method's name and what is special."""
 SCHEDULE = TaskSchedule(epochs=6, batch_size=25, lr=0.02)

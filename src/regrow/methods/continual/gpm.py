@@ -68,7 +68,7 @@ def _copy_parameters(state: GpmState, context: Context, step: Step) -> GpmState:
         return state
     parameters, projected, before = context.parameters(), set[str](), dict[str, Tensor]()
     for name in state.basis:
-        names = layer_parameters(context.model, name)
+        names = layer_parameters(parameters, name)
         gradients = [gradient for part in names if (gradient := parameters[part].grad) is not None]
         if len(gradients) == len(names):
             before[name] = side_by_side([parameters[part] for part in names])
@@ -81,8 +81,9 @@ def _copy_parameters(state: GpmState, context: Context, step: Step) -> GpmState:
 @torch.no_grad()
 def _project_steps(state: GpmState, context: Context, step: Step) -> GpmState:
     """Hook ``after_step``: Δ ← Δ − Δ M Mᵀ of what the optimizer changed, in place."""
+    parameters = context.parameters()
     for name, before in state.before.items():
-        parts = [context.model.get_parameter(part) for part in layer_parameters(context.model, name)]
+        parts = [parameters[part] for part in layer_parameters(parameters, name)]
         change, columns = side_by_side(parts) - before, state.columns(name)[: before.shape[1]]
         write_rows(parts, before + change - change @ columns @ columns.T)
     return state
@@ -103,7 +104,7 @@ def _react(settings: Settings, state: GpmState, context: Context, boundary: Boun
     for key in (key for key, value in measured.items() if key.endswith(" inputs") and value.dim() > 1):
         name = key.removesuffix(" inputs")
         moments = measured[key].double()
-        if len(layer_parameters(context.model, name)) == 1:
+        if len(layer_parameters(context.parameters(), name)) == 1:
             moments[-1], moments[:, -1] = 0, 0
         old = state.columns(name).double() if name in basis else moments[:, :0]
         columns = torch.cat([old, _find_directions(moments, old, energy)], 1).to(measured[key])

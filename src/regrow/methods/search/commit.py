@@ -134,36 +134,6 @@ def plan_single_choice(search: Search, state: SearchState, context: Context) -> 
     return plan_drop(search, state, context, ops)
 
 
-@torch.no_grad()
-def select_lowest(
-    search: Search, state: SearchState, context: Context, low: float, high: float, limit: int
-) -> tuple[Tensor, int]:
-    """Return (mask of the operations that remain, ``[operations]``; number of those dropped); no plan is made.
-
-    Dropped are those with at most the fraction ``low`` of their node's importance, and the ``limit`` lowest of those up
-    to ``high``, lowest first, until the target is met.
-    """
-    layout, space, target = state.layout, search.space, search.space.target
-    masks = search.masks(state, context)
-    remaining, size = masks.ops.clone(), search.size(state, context)
-    kept, shares, _ = layout.shares(masks, state.alpha.values)
-    prices, dropped, reachable = layout.prices(), 0, least_cost(layout, space.cuts) <= target
-    for share, i in sorted(zip(shares[kept].tolist(), kept.nonzero()[:, 0].tolist(), strict=True)):
-        below = share <= low
-        if size <= target or share > high or not (below or limit):
-            break
-        together = layout.tied_with(i)  # tied operations are dropped at once, with the first of them
-        if layout.tied[i] == i and all(bool(layout.removable(remaining)[j]) for j in together.nonzero()[:, 0]):
-            trial = remaining.masked_fill(together, 0.0)
-            if reachable and least_cost(replace(layout, alive=layout.alive & (trial > 0)), space.cuts) > target:
-                continue  # the target cannot be reached without it
-            size -= float(prices[together].sum())
-            remaining = trial
-            dropped += 1
-            limit -= not below
-    return remaining, dropped
-
-
 def plan_revival(share: float, state: SearchState, context: Context) -> Commit:
     """Return the plan that restores the fraction ``share`` of this stage's dropped operations, and the state.
 
@@ -245,21 +215,6 @@ def plan_refill(search: Search, state: SearchState, context: Context, target: fl
     return Plan.restoring(
         context.axes, back, origin={"method": "search", "epoch": context.epoch}
     ) if back else None, state
-
-
-def release_weights(search: Search, share: float, state: SearchState, context: Context) -> SearchState:
-    """Return the state in which the fraction ``share`` of zeroed weights may train again: the largest gradients."""
-    zero = state.zero_mask
-    count = int(share * int(zero.sum()))
-    if not count:
-        return state
-    gradients = differentiate_weights(search, state, context, take_examples(context))
-    scale = search.masks(state, context).filter_scale
-    scale = torch.cat([scale, scale.new_ones(1)])  # the last: of weights that read no filter
-    sizes = torch.where(zero, (gradients * scale[state.layout.levels.reads]).abs(), -1.0)
-    zero = zero.clone()
-    zero[sizes.topk(count).indices] = False
-    return state.with_zeros(zero)
 
 
 def reset_modules(context: Context, paths: Sequence[str]) -> None:

@@ -60,7 +60,6 @@ class Settings:
         regrow: The fraction of a stage's dropped operations that is restored at its end, re-initialised.
         regrow_filters: The fraction of a stage's cut filters that is restored, by the size of the gradient of their
             scale.
-        regrow_weights: The fraction of the weights set to 0 that may train again, by the size of their gradient.
         lr: The learning rate of α and κ times the number of steps in which a stage trains them: how far they can move.
         lr_threshold: The greatest rise of a threshold in a step, times the same number of steps.
         clip: The largest norm of the gradient of the network's own parameters; larger ones are scaled down to it.
@@ -79,7 +78,6 @@ class Settings:
     reprune: bool = True
     regrow: Fraction = 0.2
     regrow_filters: Fraction = 0.0
-    regrow_weights: Fraction = 0.0
     lr: NonNegative = 8.0
     lr_threshold: NonNegative = 2.0
     clip: Positive = 5.0
@@ -236,7 +234,10 @@ class Mgas(Search):
         trained, is_over = context.epoch - first - self.s.warm, context.epoch == end  # trained: since the warm-up
         steps = [self._cut] if is_over or (trained > 0 and trained % self.s.every == 0) else []
         if is_over:
-            steps += [partial(commit.plan_revival, self.s.regrow), self._restore_filters]
+            steps += [
+                partial(commit.plan_revival, self.s.regrow),
+                partial(commit.plan_restoration, self, self.s.regrow_filters),
+            ]
         for turn in range(state.turn, len(steps)):
             plan, state = steps[turn](replace(state, turn=turn + 1), context)
             if plan:
@@ -253,11 +254,6 @@ class Mgas(Search):
         The plan is ``None`` if there is nothing to remove.
         """
         return commit.plan_masked_cut(self, state, context, self.masks(state, context), self.s.target)
-
-    def _restore_filters(self, state: SearchState, context: Context) -> Commit:
-        """Return the plan that restores filters, and the state in which some zeroed weights may train again."""
-        state = commit.release_weights(self, self.s.regrow_weights, state, context)
-        return commit.plan_restoration(self, self.s.regrow_filters, state, context)
 
     def finalize(self, state: SearchState, context: Context, target: float) -> Commit:
         """Return the plan that removes what is masked, and then what exceeds the target; and the new state.

@@ -107,13 +107,8 @@ class SearchState:
     cut: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # axis key → ids of filters cut in this stage
     history: tuple[Mapping[str, int | float], ...] = ()  # the measurements of the last epoch
     multiplier: float = 0.0  # μ, the weight of the size in the loss
-    penalty: float = 0.0  # λ, the weight of the regulariser of α in the loss
-    penalty_step: float = 1e-5  # its last increase
-    penalty_cap: float = 100.0  # its largest value
-    losses: tuple[float, float] = (0.0, 0.0)  # cross-entropy and regulariser, summed over an epoch's steps
     start: float = 0.0  # the size when the stage began
     goal: float = 0.0  # the size that the stage has to reach
-    removal: float = 0.0  # the reduction of the size that is needed (random baselines)
     memory: Mapping[str, StageMemory] = field(default_factory=dict)  # stage → memory, under a memory budget
     recomputed: bool = False  # whether parts of the network are recomputed in the backward pass
     layout: Gates = derived(lambda: None)  # where operations, filters and weights lie in the network now
