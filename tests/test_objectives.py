@@ -60,3 +60,11 @@ def test_a_loss_that_cannot_be_used_is_named():
         choose_objective(None, Batch((X,))).compute_loss(LOGITS, Batch((X,)))
     with pytest.raises(InputError, match="must be one of"):
         choose_objective("hinge", batch)
+
+
+def test_one_output_is_no_choice_of_classes():
+    batch = Batch((X,), labels=torch.tensor([0, 1, 1, 0]))
+    for logits in (torch.zeros(4, 1), torch.zeros(4, 1, 3, 3)):
+        labels = batch.labels if logits.dim() == 2 else torch.zeros(4, 3, 3).long()
+        with pytest.raises(InputError, match=r"one output for each .* give labels as floats"):
+            OBJECTIVES["classification"].compute_loss(logits, Batch((X,), labels=labels))

@@ -294,3 +294,31 @@ def test_networks_that_regrow_builds_take_pictures_of_values_0_to_1(tmp_path):
             model.origin = origin
         (source,) = Call(model, tmp_path, example=torch.ones(1, 3, 8, 8)).read().sources
         assert (float(source.batches[0].args[0].min()) < 0) == normalised
+
+
+def test_class_labels_of_one_output_are_refused():
+    with pytest.raises(InputError, match="give labels as floats"):
+        regrow.prune(net(1), (INPUTS, torch.arange(64) % 2), method="fisher", keep=0.5)
+
+
+def test_lengths_that_differ_are_named_where_layers_are_not_reconstructed():
+    encoder = nn.Sequential(nn.Embedding(9, 12), nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 3))
+    batches = [(torch.randint(9, (4, n)), torch.zeros(4, n).long()) for n in (6, 6, 5)]
+    with pytest.warns(UserWarning, match="layers are not reconstructed: refit needs windows of one length"):
+        regrow.prune(encoder, batches, keep=0.7)
+
+
+def test_a_cut_whose_layers_cannot_be_fitted_is_taken_back():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 16), nn.Linear(16, 3)
+
+        def forward(self, x):
+            return self.last(self.first(x).relu()) - self.last(self.first(-x).tanh())
+
+    model = Twice()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="runs once per pass"):
+        regrow.prune(model, [(INPUTS[:32],), (INPUTS[32:],)], method="flap", keep=0.5, reconstruct=True)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

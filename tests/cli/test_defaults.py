@@ -90,6 +90,14 @@ def test_images_are_fitted_and_a_named_method_is_left_as_it_is(regrow: Run) -> N
     assert "--no-reconstruct" in record("plain")["command"]
 
 
+def test_finetuning_without_images_is_refused(regrow: Run, tiny_language_model: Path) -> None:
+    words = ("--keep", "0.6", "--method", "magnitude", "--finetune", "2", "--out", "run")
+    code, _, err = regrow("prune", "toys:classifier", *words)
+    assert code == 2 and "--finetune 2 trains image models" in err and "give --source" in err
+    code, _, err = regrow("prune", str(tiny_language_model), *words)
+    assert code == 2 and "take --time hour" in err and not Path("run").exists()
+
+
 def test_what_is_stated_stays() -> None:
     chosen = choose_defaults(Settings("m", keep=0.9, round_to=8, sources=("talk",)), "text")
     assert (chosen.round_to, chosen.sources, chosen.reconstruct) == (8, ("talk",), True)

@@ -30,6 +30,13 @@ def test_a_vision_transformer_is_written_and_compared(name: str, tmp_path: Path)
     assert written.checked["max_abs_diff"] < 1e-5 and written.checked["loaded_as"].startswith("Regrown")
 
 
+def test_a_network_in_training_mode_is_compared_without_dropout(tmp_path: Path) -> None:
+    config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64, n_positions=32)
+    net = transformers.GPT2LMHeadModel(config).train()
+    written = regrow.export(net, tmp_path / "out", format="transformers")
+    assert written.checked["max_abs_diff"] == 0 and net.training
+
+
 def test_a_model_that_takes_another_input_is_refused_in_a_line(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = transformers.Wav2Vec2Config(

@@ -23,6 +23,7 @@ from regrow.core.sources import Batch, Source, preserve_random_state
 from regrow.jobs.inputs import SourceHalves
 from regrow.jobs.progress_bar import ensure_progress
 from regrow.jobs.prune import PruneInputs, prune_network
+from regrow.jobs.pruning_inputs import take_for_fit
 from regrow.jobs.recording import ActiveRun
 from regrow.jobs.run_networks import WholeNetwork
 from regrow.methods.recovery.refit_work import check_lengths
@@ -167,10 +168,13 @@ def _open_inputs(call: Call, config: Settings, run: ActiveRun) -> PruneInputs:
     if config.reconstruct:
         with preserve_random_state(generator for source in inputs.sources for generator in source.generators):
             try:
-                check_lengths(chain.from_iterable(inputs.sources))
-            except ValueError:
+                is_text = inputs.loaded.tokenizer is not None
+                fitted_on = inputs.sources if is_text else map(take_for_fit, inputs.sources)
+                check_lengths(chain.from_iterable(fitted_on))
+            except ValueError as error:
                 if reconstruct:  # asked for
                     raise
+                warnings.warn(f"layers are not reconstructed: {error}", stacklevel=4)
                 config = replace(config, reconstruct=False)
     taught_on, calibration = list[Source](), inputs.sources
     if config.distil:

@@ -99,9 +99,19 @@ def class_loss(output: object, labels: object) -> Tensor:
     """
     classes = _check_tensor(labels)
     logits = _resize(logits_in(output), classes)
+    check_classes(logits, classes)
     if logits.dim() > 2 and logits.shape[:-1] == classes.shape:
         logits, classes = logits.flatten(0, -2), classes.flatten()
     return F.cross_entropy(_to_float(logits), classes, ignore_index=IGNORED)
+
+
+def check_classes(logits: Tensor, labels: Tensor) -> None:
+    """Raise InputError if logits, ``[..., classes]`` or ``[N, classes, ...]``, are of a single class."""
+    if logits.dim() > 1 and logits.shape[-1 if logits.shape[:-1] == labels.shape else 1] == 1:
+        raise InputError(
+            f"labels are classes, and the network has one output for each ({describe(logits)}), which is no choice; "
+            "give labels as floats of the outputs' shape, such as labels.float()[:, None]"
+        )
 
 
 def _resize(logits: Tensor, masks: Tensor) -> Tensor:

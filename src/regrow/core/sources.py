@@ -279,13 +279,16 @@ def logits_in(output: Any) -> Tensor:
 def labelled_logits(logits: Tensor, labels: Tensor | None) -> Tensor:
     """Return the logits of the positions whose label is not −100, ``[positions, classes]``.
 
-    ``logits``: classes come last, or second. Those of all positions are returned if there is not one label for each.
+    ``logits``: classes come last, or second, as of images, ``[N, classes, h, w]``. Those of all positions are returned
+    if there is not one label for each.
 
     >>> labels = torch.tensor([[0, -100]])
     >>> labelled_logits(torch.zeros(1, 2, 5), labels).shape, labelled_logits(torch.zeros(1, 5, 2), labels).shape
     (torch.Size([1, 5]), torch.Size([1, 5]))
     """
-    if labels is not None and logits.shape[:-1] != labels.shape and logits.movedim(1, -1).shape[:-1] == labels.shape:
-        logits = logits.movedim(1, -1)
+    shape = None if labels is None else labels.shape
+    if logits.dim() > 1 and logits.shape[:-1] != shape:
+        second = logits.movedim(1, -1)
+        logits = second if logits.dim() == 4 or second.shape[:-1] == shape else logits
     rows = logits.flatten(0, -2)
     return rows if labels is None or labels.numel() != len(rows) else rows[labels.flatten() != -100]

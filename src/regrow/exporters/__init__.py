@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from regrow.core.axes import Example
 from regrow.core.errors import RefusedError, first_line
+from regrow.core.sources import move_inputs
+from regrow.evaluation.measure import evaluating
 from regrow.nets.loaded import format_shape
 from regrow.store.errors import StoreError
 from regrow.store.models import link_other_files
@@ -87,12 +88,13 @@ def compare_outputs(
     return difference
 
 
-@torch.no_grad()
 def _run(model: nn.Module, example: Example) -> list[Tensor]:
-    """Return the tensors of a network's output in float32; raise ExportError if it does not take the example."""
+    """Return the tensors of a network's output in eval mode, float32, on the CPU; ExportError for unfit examples."""
     try:
-        leaves = tree_leaves(model(*example.args, **example.kwargs))
+        with evaluating(model) as device:
+            args, named = move_inputs(example.args, device), move_inputs(dict(example.kwargs), device)
+            leaves = tree_leaves(model(*args, **named))
     except Exception as error:
         problem = f"{type(model).__name__} does not take an input of {format_shape(example)} ({first_line(error)})"
         raise ExportError(f"{problem}, so that the export is not compared; give an input that it takes") from None
-    return [leaf.float() for leaf in leaves if isinstance(leaf, Tensor)]
+    return [leaf.float().cpu() for leaf in leaves if isinstance(leaf, Tensor)]

@@ -2,7 +2,8 @@
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from regrow.core.process_memory import reset_peak
 from regrow.core.sources import Source
 from regrow.distributed import SINGLE
 from regrow.distributed.parallel import broadcast_record
+from regrow.jobs.forward_outputs import NetworkState
 from regrow.jobs.inputs import (
     SourceHalves,
     SourceSpecs,
@@ -232,6 +234,7 @@ class PruneJob:
         dense = None
         if settings.reconstruct or settings.distil:
             dense = copy_model(model, lambda x: x if x.dim() > 1 and not settings.distil else x.detach().clone())
+        state = None if dense is None or settings.distil else NetworkState.of(model)
         after = network.cut(run, axes, plan)
         run.record_plan(plan, axes, after)
         if dense is not None and settings.reconstruct:
@@ -242,7 +245,7 @@ class PruneJob:
             sources = self.inputs.data.calibration
             if network.loaded.tokenizer is None:
                 sources = tuple(map(take_for_fit, sources))
-            with run.stage("reconstruct"):
+            with run.stage("reconstruct"), _restoring(model, dense, state):
                 try:
                     task = RecoveryTask(model, dense, axes, plan, sources, progress=run.progress)
                     reconstruct(task, record=record, precision=settings.precision)
@@ -295,11 +298,26 @@ class PruneJob:
         settings, loaded, calibration = self.settings, self.inputs.network.loaded, self.inputs.data.calibration
         epochs, seed, progress = settings.finetune, settings.seed, self.run.progress
         with self.run.stage("tune"), autocasting(loaded.model, settings.precision):
-            if epochs and calibration and loaded.tokenizer is None:
+            if epochs:
                 schedule = replace(tune.FINETUNING, seed=seed)
                 tune.finetune(loaded.model, calibration, epochs=epochs, schedule=schedule, progress=progress)
             note = tune.recalibrate_changed(loaded.model, plan, calibration)
         return (note,) if note else ()
+
+
+@contextmanager
+def _restoring(model: nn.Module, dense: nn.Module, state: NetworkState | None) -> Iterator[None]:
+    """Context manager that restores the network before the cut, with the vectors of ``dense``, after an error."""
+    try:
+        yield
+    except BaseException:
+        if state is not None:
+            state.restore()
+            with torch.no_grad():
+                for name, value in dense.named_parameters():
+                    if (own := model.get_parameter(name)).data_ptr() != value.data_ptr():
+                        own.copy_(value)
+        raise
 
 
 def open_named(settings: Settings, invocation: Invocation, run: ActiveRun) -> PruneInputs:
@@ -332,6 +350,11 @@ def open_named(settings: Settings, invocation: Invocation, run: ActiveRun) -> Pr
             if kind == "text" and not (settings.method or settings.precision or settings.target.startswith("ms")):
                 settings = replace(settings, precision=choose_precision(network.loaded.model))
             settings = choose_defaults(settings, kind, sum(map(Tensor.numel, network.loaded.model.parameters())))
+        if settings.finetune and (network.loaded.tokenizer is not None or not settings.sources):
+            remedy = "take --time hour" if network.loaded.tokenizer is not None else "give --source"
+            raise InputError(
+                f"--finetune {settings.finetune} trains image models on --source; leave it out, or {remedy}"
+            )
         specs = make_source_specs(settings)
         data = read_sources(specs, network.loaded)
         taught_on: Sequence[Source] = ()

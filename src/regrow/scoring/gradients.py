@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from regrow.core.objectives import CLASSIFICATION, IGNORED, MULTI_LABEL, NEXT_TOKEN, REGRESSION, Objective
+from regrow.core.objectives import (
+    CLASSIFICATION,
+    IGNORED,
+    MULTI_LABEL,
+    NEXT_TOKEN,
+    REGRESSION,
+    Objective,
+    check_classes,
+)
 from regrow.core.sources import Batch, logits_in
 from regrow.scoring.watch import InputHook, to_rows
 from regrow.scoring.weights import Reader
@@ -255,6 +263,7 @@ def draw_labels(
             logits = logits.movedim(1, -1)
         if not isinstance(labels, Tensor) or logits.shape[:-1] != labels.shape:
             return None
+        check_classes(logits, labels)
         return logits, _draw_classes(logits.detach(), labels != IGNORED, origin)
     if objective.name == MULTI_LABEL.name:
         logits = logits_in(output)

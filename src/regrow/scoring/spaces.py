@@ -100,18 +100,26 @@ def make_ranking_spaces(axes: Iterable[Axis], *, parts: int = 1) -> tuple[Space,
 def select_inner(units: Sequence[Axis]) -> list[Axis]:
     """Return the axes of ``units`` that lie neither in the first nor in the last blocks (:data:`OUTER_BLOCKS`).
 
-    A block is the first number in a tensor's dotted name. Axes that lie in no block are always returned.
+    A block is the first number in a tensor's dotted name; those with the same words before it, such as ``layer4.0`` and
+    ``layer4.1``, are one sequence, of which the first and last are meant. Axes that lie in no block are always returned.
 
     >>> from regrow.core.axes import Axis
     >>> blocks = [Axis(f"h.{i}.w", 4, ()) for i in range(5)]
     >>> [axis.key for axis in select_inner([*blocks, Axis("head", 4, ())])]
     ['h.1.w', 'h.2.w', 'h.3.w', 'h.4.w', 'head']
+    >>> [axis.key for axis in select_inner([Axis(f"layer{i}.0.w", 4, ()) for i in range(4)])]
+    ['layer0.0.w', 'layer1.0.w', 'layer2.0.w', 'layer3.0.w']
     """
     first, last = OUTER_BLOCKS
-    matches = [re.search(r"(?:^|\.)(\d+)\.", axis.key) for axis in units]
-    blocks = sorted({int(match[1]) for match in matches if match})
-    chosen = blocks[round(first * len(blocks)) : len(blocks) - round(last * len(blocks))]
-    return [axis for axis, match in zip(units, matches, strict=True) if not match or int(match[1]) in chosen]
+    matches = [re.match(r"((?:.*?\.)??)(\d+)\.", axis.key) for axis in units]
+    sequences: dict[str, set[int]] = {}
+    for match in filter(None, matches):
+        sequences.setdefault(match[1], set()).add(int(match[2]))
+    chosen = {
+        prefix: sorted(blocks)[round(first * len(blocks)) : len(blocks) - round(last * len(blocks))]
+        for prefix, blocks in sequences.items()
+    }
+    return [axis for axis, match in zip(units, matches, strict=True) if not match or int(match[2]) in chosen[match[1]]]
 
 
 def map_within(values: Tensors, among: Sequence[Space], each: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hand import lm, mlp, texts
 from regrow import Plan, apply, trace
+from regrow.core.objectives import OBJECTIVES
 from regrow.core.sources import Batch, Source, logits_in
 from regrow.data.batch_streams import concatenate_batches
 from regrow.evaluation import perplexity
@@ -439,6 +440,15 @@ def test_distillation_lowers_the_divergence_on_other_text():
     found = distil.distil(one, distil.Settings(passes=8, lr=3e-3))
     assert away() < 0.8 * before
     assert found["trained"] == sum(p.numel() for p in one.model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["regression", "multi-label"])
+def test_distillation_follows_the_dense_network_in_outputs_that_are_no_classes(kind):
+    one = perceptron()
+    one = replace(one, objective=OBJECTIVES[kind])
+    before = error(one, 9)
+    distil.distil(one, distil.Settings(lr=3e-3, mix=0.0, passes=20))
+    assert error(one, 9) < 0.5 * before
 
 
 def test_half_precision_comes_back_as_it_was():

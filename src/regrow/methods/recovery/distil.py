@@ -1,8 +1,9 @@
 """Distillation: train the cut network on the dense network's output distribution.
 
-L = (1 − mix) · T² · KL(softmax(z_dense / T) ‖ softmax(z / T)) + mix · cross entropy of the text
+L = (1 − mix) · T² · KL(softmax(z_dense / T) ‖ softmax(z / T)) + mix · the loss by labels
 
-Hinton et al., Distilling the Knowledge in a Neural Network (arXiv 1503.02531). Both networks are in memory, and for
+Where outputs are no logits of classes, the divergence is that of each label's chance (``multi-label``), or the mean
+squared difference (``regression``). Hinton et al., Distilling the Knowledge in a Neural Network (arXiv 1503.02531). Both networks are in memory, and for
 the cut one, in float32, more numbers per trained parameter: its gradient, Adam's two moments and the best value so far.
 """
 
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from regrow.core.objectives import MULTI_LABEL, REGRESSION, choose_objective
 from regrow.core.sources import Batch, labelled_logits, logits_in
 from regrow.methods.recovery import Recovery, RecoveryTask, fit_recovery
 from regrow.settings.constraints import CheckedSettings, Count, Fraction, OpenFraction, Positive
@@ -97,10 +99,16 @@ class _Divergence(torch.autograd.Function):
 def _compute_loss(task: RecoveryTask, batch: Batch, *, settings: Settings) -> Tensor:
     """Return (1 − mix) · divergence from the dense network + mix · the loss by labels, a scalar."""
     with torch.no_grad():
-        dense_logits = labelled_logits(logits_in(batch.run(task.dense)), batch.labels)
+        wanted = logits_in(batch.run(task.dense))
     output = batch.run(task.model)
-    logits = labelled_logits(logits_in(output), batch.labels)
-    loss = (1 - settings.mix) * compute_divergence(logits, dense_logits, settings.temperature)
+    found, name, t = logits_in(output), (task.objective or choose_objective(None, batch)).name, settings.temperature
+    if name == MULTI_LABEL.name:
+        gap = F.binary_cross_entropy_with_logits(found.float() / t, (wanted.float() / t).sigmoid()) * t**2
+    elif name == REGRESSION.name:
+        gap = F.mse_loss(found.float(), wanted.float())
+    else:
+        gap = compute_divergence(*(labelled_logits(logits, batch.labels) for logits in (found, wanted)), t)
+    loss = (1 - settings.mix) * gap
     if settings.mix:
         loss = loss + settings.mix * task.compute_loss(output, batch)
     return loss
