@@ -221,6 +221,13 @@ def test_search(device, method):
     assert max(steps) <= 2
 
 
+@pytest.mark.parametrize("method", ["mgas", "trials"])
+def test_search_of_a_regression(device, method):
+    net, data = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 1)), (IMAGES[:, 0, 0], IMAGES[:, 0, 1, :1])
+    found = regrow.search(net, data, smaller=0.5, method=method, epochs=6, batch_size=16, device="acc")
+    assert found.size <= found.target
+
+
 def test_a_missing_device_is_refused_before_anything_is_read(tmp_path):
     for run in (
         lambda: learn.learn_named(LearnSettings(("nowhere",), device="cuda:7"), Invocation(tmp_path / "out")),

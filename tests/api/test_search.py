@@ -11,6 +11,7 @@ from regrow.core.tasks import Examples
 from regrow.evaluation import dense
 from regrow.evaluation.continual import mean_score
 from regrow.surgery import UndoStore
+from regrow.surgery.gate import parametrize
 
 
 def network():
@@ -159,3 +160,80 @@ def test_a_resumed_search_returns_the_rows_of_all_epochs(tmp_path, monkeypatch):
         patch.setattr("regrow.jobs.search.extract_network", stop)
         regrow.search(Several("sum"), rows_of(), **given)
     assert [row["epoch"] for row in regrow.search(Several("sum"), rows_of(), **given).rows] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("what", ["filters", "operations"])
+def test_random_baselines_only_remove(what):
+    net = Several("sum")
+    before = {name: value.clone() for name, value in net.named_parameters()}
+    regrow.search(net, rows_of(), target="params=50%", method="blind", settings={"what": what}, epochs=0)
+    values = {name: {0.0, *before[name].flatten().tolist()} for name, _ in net.named_parameters()}  # 0: dropped
+    assert all({*value.flatten().tolist()} <= values[name] for name, value in net.named_parameters())
+
+
+class Tied(nn.Module):
+    """A language model whose head is its embedding; every position has a label."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.up, self.down, self.head = nn.Embedding(40, 16), nn.Linear(16, 32), nn.Linear(32, 16), None
+        self.head = nn.Linear(16, 40, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x):
+        x = self.embed(x)
+        return self.head(x + self.down(self.up(x).relu()))
+
+
+def tokens(n=60):
+    inputs = torch.randint(40, (n, 5), generator=torch.Generator().manual_seed(0))
+    return inputs, inputs.roll(1, 1)
+
+
+def test_macs_of_tied_and_recurrent_weights_count():
+    result = regrow.search(Tied(), tokens(), target="macs=75%", method="trials", epochs=4)
+    assert result.before == dense(Tied(), tokens()[0][:1])["macs"]
+    assert result.size == dense(result.model, tokens()[0][:1])["macs"] <= result.target < result.before
+
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.last = nn.LSTM(6, 24, batch_first=True), nn.Linear(24, 2)
+
+        def forward(self, x):
+            return self.last(self.body(x[:, None].expand(-1, 4, -1))[0][:, -1])
+
+    found = regrow.search(Recurrent(), rows_of(), target="macs=50%", method="trials", epochs=4)
+    assert 0.9 * found.target < found.size <= found.target
+
+
+def test_a_tied_weight_is_replaced_in_all_places():
+    net = Tied()
+    with parametrize(net, {"embed.weight": torch.zeros(40, 16)}):
+        assert not net(tokens()[0]).any()
+    assert net(tokens()[0]).any()
+
+
+def test_outputs_of_any_form_are_searched_with_a_loss_of_ones_own():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.mean, self.scale = nn.Linear(6, 32), nn.Linear(32, 1), nn.Linear(32, 1)
+
+        def forward(self, x):
+            hidden = self.body(x).relu()
+            return {"mean": self.mean(hidden), "scale": self.scale(hidden)}
+
+    def loss(output, labels):
+        return nn.functional.gaussian_nll_loss(output["mean"], labels, nn.functional.softplus(output["scale"]) + 0.1)
+
+    inputs = torch.randn(80, 6)
+    for method in ("mgas", "trials"):
+        data = (inputs, inputs[:, :1] * 2)
+        assert regrow.search(Two(), data, smaller=0.5, loss=loss, epochs=6, method=method).score < 0
+
+
+def test_half_precision_is_refused():
+    with pytest.raises(ValueError, match=r"0.weight is bfloat16, and a search trains in float32; convert"):
+        regrow.search(network().bfloat16(), images(), target="macs=60%")

@@ -276,6 +276,43 @@ def test_a_space_is_searched_in_three_stages_or_as_many_as_it_has_parts() -> Non
 
 
 @pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"fresh": True}, "--fresh is of the training after the search, and --retrain 0"),
+        ({"cutout": 4}, "--cutout 4 is of the training"),
+        ({"input": "1x1x9x9"}, "--input 1x1x9x9 is of a MODEL"),
+        (
+            {"fresh": True, "retrain": 1, "space": "shifted:Own"},
+            r"Own does not initialise shift; give it a method reset_",
+        ),
+    ],
+)
+def test_options_without_effect_are_refused(
+    given: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = """
+import torch
+from torch import nn
+
+class Own(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.shift = nn.Linear(64, 10), nn.Parameter(torch.zeros(64))
+
+    def forward(self, x):
+        return self.body(x.flatten(1) + self.shift)
+"""
+    (tmp_path / "shifted.py").write_text(module)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=words):
+        settings = Settings(
+            **SMALL | {"space": "resnet:4-2", "data": "digits", "target": "params=80%", "retrain": 0} | given
+        )
+        search_named(settings, Invocation(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
     ("what", "words"),
     [
         ("layers", "what must be one of operations, filters, weights, got 'layers'"),

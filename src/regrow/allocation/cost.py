@@ -233,18 +233,33 @@ def prices_in(axes: AxisGraph, measure: Measure, ops: Collection[str]) -> Prices
 def _count_macs(axes: AxisGraph, ops: Collection[str]) -> Prices:
     """Return costs in multiply–accumulates of one example, per parameter entry and operation (``ops``: paths).
 
-    Those of a module with a weight are spread over its entries. Those of other modules (attention, products of
+    Those of a module are spread over the entries of its weights. Those of modules without any (attention, products of
     activations) count in full as long as their operation is active, which is too much once widths are cut.
     """
-    macs, alone, rest = _macs_per_module(axes), dict.fromkeys(ops, 0.0), 0.0
+    macs, alone, rest, weights = _macs_per_module(axes), dict.fromkeys(ops, 0.0), 0.0, _weights_of_modules(axes)
     for module, count in macs.items():
-        if f"{module}.weight".lstrip(".") in axes.parameters:
+        if module in weights:
             continue
         if path := next((path for path in (module, *enclosing_modules(module)) if path in alone), None):
             alone[path] += count
         else:
             rest += count
-    return Prices(_macs_per_entry(axes, macs), alone, rest)
+    prices = dict.fromkeys(axes.shapes, 0.0)
+    for module, names in weights.items():
+        for name in names:  # those of tied tensors are summed under the first name
+            prices[axes.ties.get(name, name)] += macs[module] / axes.count_entries(names, axes.sizes())
+    return Prices(prices, alone, rest)
+
+
+def _weights_of_modules(axes: AxisGraph) -> dict[str, list[str]]:
+    """Return module path → its ``weight``, or else its own parameters of two or more dimensions, as of an LSTM."""
+    found: dict[str, list[str]] = {}
+    for name in axes.parameters & axes.shapes.keys():
+        module, _, leaf = name.rpartition(".")
+        if leaf == "weight" or len(axes.shapes[name]) > 1:
+            found.setdefault(module, []).append(name)
+    named = ((module, f"{module}.weight".lstrip("."), sorted(names)) for module, names in sorted(found.items()))
+    return {module: [weight] if weight in names else names for module, weight, names in named}
 
 
 def _macs_per_module(axes: AxisGraph) -> Counter[str]:
@@ -253,19 +268,6 @@ def _macs_per_module(axes: AxisGraph) -> Counter[str]:
     for work in axes.work_per_example():
         macs[work.module] += size_of(Product(work.dims), sizes)
     return macs
-
-
-def _macs_per_entry(axes: AxisGraph, macs: Counter[str]) -> dict[str, float]:
-    """Return tensor name → multiply–accumulates per example per entry; 0 unless it is the ``weight`` of its module.
-
-    ``macs``: module path → its multiply–accumulates per example.
-    """
-    sizes, result = axes.sizes(), dict.fromkeys(axes.shapes, 0.0)
-    for name in axes.shapes:
-        module, _, leaf = name.rpartition(".")
-        if leaf == "weight":
-            result[name] = macs[module] / axes.count_entries([name], sizes)
-    return result
 
 
 def enclosing_modules(name: str) -> list[str]:

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from regrow import store
-from regrow.core.amounts import format_short, parse_bytes
+from regrow.core.amounts import Measure, format_short, parse_bytes
 from regrow.core.axes import AxisGraph
 from regrow.core.candidates import Staged, fold_scales
+from regrow.core.errors import InputError
 from regrow.core.plan import Plan
 from regrow.core.tables import Table, format_html, format_text
 from regrow.core.tasks import first_examples, input_shape
@@ -43,7 +44,7 @@ from regrow.methods.search.space import SearchState, measure_unmasked
 from regrow.nets.devices import choose_device
 from regrow.nets.loaded import Origin
 from regrow.settings.declaration import check_settings
-from regrow.settings.search import Settings
+from regrow.settings.search import Settings, parse_search_target
 from regrow.store.run_folder import RunFolder
 from regrow.store.statistics import FOLDER as STATISTICS
 from regrow.surgery import UndoStore
@@ -143,6 +144,7 @@ def search_network(
     recorded = run.recorder.check(identity)
     opened = open_inputs(run)
     data = opened.data
+    check_training(settings, opened.model)
     batch, table = measure_times(settings, opened, recorded.get("latency"), run)
     check_same_tasks(run.ranks, opened.model, (data.search, data.whole))
     search = build_search(settings, opened.model, opened.axes, opened.stages, table, augments=not opened.in_place)
@@ -265,7 +267,7 @@ def _retrain_both(run: ActiveRun, settings: Settings, data: SearchData, searched
 
 
 def retrain(run: ActiveRun, settings: Settings, data: SearchData, searched: nn.Module) -> nn.Module:
-    """Return a copy of the network ``searched``, in eval mode, trained on ``data.whole``; zeros stay 0.
+    """Return a copy of the network ``searched``, in eval mode, trained on ``data.whole``; ``nonzero``: zeros stay.
 
     With the setting ``fresh`` it is first re-initialised from the seed. An interrupted training is resumed.
     """
@@ -274,13 +276,13 @@ def retrain(run: ActiveRun, settings: Settings, data: SearchData, searched: nn.M
     schedule = make_schedule(settings, data.objective, settings.retrain, decay="cosine")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        for module in model.modules():
-            reset = getattr(module, "reset_parameters", None)
-            if settings.fresh and callable(reset):
+        for module in model.modules() if settings.fresh else ():
+            for reset in find_resets(module):
                 reset()
     axes = trace_examples(model, data.whole, data)
     context = Context(model, axes, data.whole, objective=data.objective)
-    learner = build(settings.cutout, context, dict(searched.named_parameters()))
+    counts_zeros = parse_search_target(settings.target).measure != Measure.NONZERO
+    learner = build(settings.cutout, context, {} if counts_zeros else dict(searched.named_parameters()))
     file = record.path / STATISTICS / f"{'fresh' if settings.fresh else 'further'}_{RETRAINING_FILE}"
     file.parent.mkdir(exist_ok=True)
 
@@ -295,6 +297,29 @@ def retrain(run: ActiveRun, settings: Settings, data: SearchData, searched: nn.M
     write_replacements(learner, fitted.state.learner, replace(context, model=fitted.model, axes=fitted.axes))
     fold_scales(fitted.model)
     return fitted.model.eval()
+
+
+def find_resets(module: nn.Module) -> list[Callable[[], None]]:
+    """Return the method with which a module initialises its own parameters, if it has one."""
+    methods = (getattr(module, name, None) for name in ("reset_parameters", "_reset_parameters"))
+    return [method for method in methods if callable(method)][:1]
+
+
+def check_training(settings: Settings, model: nn.Module) -> None:
+    """Raise InputError for a network that no search can train, or whose parameters cannot be initialised again."""
+    for name, parameter in model.named_parameters():
+        if parameter.dtype in (torch.float16, torch.bfloat16):
+            kind = str(parameter.dtype).removeprefix("torch.")
+            raise InputError(
+                f"{name} is {kind}, and a search trains in float32; convert the network with .float(), and take "
+                "precision bfloat16 to compute in it"
+            )
+    for path, module in model.named_modules() if settings.fresh or settings.both else ():
+        if not find_resets(module) and (own := next(module.named_parameters(recurse=False), None)):
+            raise InputError(
+                f"--fresh and --both need new weights, and {type(module).__name__} does not initialise "
+                f"{f'{path}.{own[0]}'.lstrip('.')}; give it a method reset_parameters(), or leave the option out"
+            )
 
 
 def open_named(settings: Settings, invocation: Invocation, run: ActiveRun) -> SearchInputs:

@@ -13,6 +13,7 @@ from torch import nn
 from regrow.allocation.stages import MemoryBudgetError, MemoryStages, Peak, plan_stages
 from regrow.core.amounts import format_bytes, parse_bytes
 from regrow.core.candidates import Prefix, Staged, fold_scales
+from regrow.core.errors import InputError
 from regrow.core.names import names_function
 from regrow.core.sources import Batch, device_of, logits_in
 from regrow.core.tasks import Task, first_examples, input_shape, pack_batch
@@ -56,6 +57,8 @@ def build_space(
     if (start or not match) and (settings.memory or stages > 1):
         option = "memory" if settings.memory else f"stages {stages}"
         raise ValueError(f"{space} is searched in one stage: no --{option}")
+    if settings.input and not start:
+        raise InputError(f"--input {settings.input} is of a MODEL, and {space} takes the data as it is: drop it")
     if start:
         if start.tokenizer is None:
             check_outputs(start, task, 1 + max(task.classes))

@@ -100,8 +100,8 @@ def make_ranking_spaces(axes: Iterable[Axis], *, parts: int = 1) -> tuple[Space,
 def select_inner(units: Sequence[Axis]) -> list[Axis]:
     """Return the axes of ``units`` that lie neither in the first nor in the last blocks (:data:`OUTER_BLOCKS`).
 
-    A block is the first number in a tensor's dotted name; those with the same words before it, such as ``layer4.0`` and
-    ``layer4.1``, are one sequence, of which the first and last are meant. Axes that lie in no block are always returned.
+    A block is the first number in a tensor's dotted name. Those with the same words before it, such as ``layer4.0`` and
+    ``layer4.1``, are one sequence, of which the first and last are meant. Axes that lie in no block are returned.
 
     >>> from regrow.core.axes import Axis
     >>> blocks = [Axis(f"h.{i}.w", 4, ()) for i in range(5)]

@@ -42,7 +42,7 @@ class Settings:
     model: Annotated[str, Setting("The model of the pruning run.", hidden=True)] = ""
     method: Annotated[str, Setting("The method that pruned the model, and those that recovered it.", hidden=True)] = ""
     keep: Annotated[float | None, Setting("The requested fraction of weights, if any.", hidden=True)] = None
-    seed: Annotated[int, Setting("Random seed of the order of the text windows, and of new weights.", range=SEED, always_shown=True)] = 0
+    seed: Annotated[int, Setting("Random seed of order and new weights.", range=SEED, always_shown=True)] = 0
     precision: Annotated[str, replace(
         PRECISION, help="As for `regrow prune`, of a recovery that trains (lora, distil); default: that of the run.",
         group="",

@@ -115,3 +115,6 @@ class Settings:
             raise InputError(f"--target: {error}") from None
         if self.fresh and self.both:
             raise InputError("--fresh trains from new weights alone, and --both from both: give one of them")
+        given = {"--fresh": self.fresh, "--both": self.both, f"--cutout {self.cutout}": self.cutout}
+        if not self.retrain and (option := next((name for name, value in given.items() if value), "")):
+            raise InputError(f"{option} is of the training after the search, and --retrain 0 leaves it out: drop one")

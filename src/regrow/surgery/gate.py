@@ -89,24 +89,24 @@ class _GateFeed(InputHook):
 def parametrize(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
     """Context manager in which modules use ``values`` (name → tensor) in place of parameters; gradients reach them.
 
-    It must last until the backward pass is over, since activation checkpointing runs modules again.
+    A parameter that modules share is replaced in all of them. It must last until the backward pass is over, since
+    activation checkpointing runs modules again.
 
     >>> net = nn.Linear(2, 1, bias=False)
     >>> with parametrize(net, {"weight": net.weight * 0}):
     ...     net(net.weight.new_ones(1, 2)).item()
     0.0
     """
-    held: list[tuple[nn.Module, str, nn.Parameter]] = []
+    replaced = {id(model.get_parameter(name)): value for name, value in values.items()}
+    held: list[tuple[nn.Module, str]] = []
     try:
-        for name, value in values.items():
-            path, _, leaf = name.rpartition(".")
-            module = model.get_submodule(path)
-            parameter = module._parameters[leaf]
-            assert parameter is not None, f"{name} is no parameter"
-            held.append((module, leaf, parameter))
-            # Modules look up parameters by name only where they have no attribute of that name.
-            module.__dict__[leaf] = value
+        for module in model.modules() if replaced else ():
+            for leaf, parameter in module._parameters.items():
+                if (value := replaced.get(id(parameter))) is not None:
+                    held.append((module, leaf))
+                    # Modules look up parameters by name only where they have no attribute of that name.
+                    module.__dict__[leaf] = value
         yield
     finally:
-        for module, leaf, _ in held:
+        for module, leaf in held:
             module.__dict__.pop(leaf, None)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from regrow.core.axes import AxisGraph
@@ -179,13 +180,16 @@ class _TaskObserver(Observer[S]):
         return mean_score(context.model, self.tasks[number].test, objective or self.schedule.objective, classes)
 
     def before_plan(self, state: S, context: Context) -> tuple[list[float], Tensor]:
-        """Return accuracies on :func:`select_probed_tasks`, and the logits of 256 test examples of the current task."""
+        """Return accuracies on :func:`select_probed_tasks`, and the first output for 256 examples of the task."""
         model, values = context.model, self.learner.parametrize(state, context).values
         with torch.no_grad(), keep_modes(model), share_rows(model, self.ranks), parametrize(model, values):
             scores = [self._score(context, number) for number in select_probed_tasks(context.number)]
             model.eval()
             inputs = next(context.task.test.batches(256)).inputs
-            return scores, context.logits(inputs).nan_to_num(neginf=0.0)
+            if context.objective in (CLASSIFICATION, NEXT_TOKEN):
+                return scores, context.logits(inputs).nan_to_num(neginf=0.0)
+            leaves = tree_leaves(run_network(model, inputs, context.device))
+            return scores, next((x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()), torch.zeros(1))
 
     def after_plan(self, state: S, context: Context, plan: Plan, before: tuple[list[float], Tensor]) -> dict[str, Any]:
         """Return the row of a change of shape: what it adds and removes, and measurements before and after it.

@@ -3,8 +3,9 @@
 L = (1 − mix) · T² · KL(softmax(z_dense / T) ‖ softmax(z / T)) + mix · the loss by labels
 
 Where outputs are no logits of classes, the divergence is that of each label's chance (``multi-label``), or the mean
-squared difference (``regression``). Hinton et al., Distilling the Knowledge in a Neural Network (arXiv 1503.02531). Both networks are in memory, and for
-the cut one, in float32, more numbers per trained parameter: its gradient, Adam's two moments and the best value so far.
+squared difference (``regression``). Hinton et al., Distilling the Knowledge in a Neural Network (arXiv 1503.02531).
+Both networks are in memory, and for the cut one, in float32, more numbers per trained parameter: its gradient, Adam's
+two moments and the best value so far.
 """
 
 from collections.abc import Iterator
@@ -107,7 +108,7 @@ def _compute_loss(task: RecoveryTask, batch: Batch, *, settings: Settings) -> Te
     elif name == REGRESSION.name:
         gap = F.mse_loss(found.float(), wanted.float())
     else:
-        gap = compute_divergence(*(labelled_logits(logits, batch.labels) for logits in (found, wanted)), t)
+        gap = compute_divergence(labelled_logits(found, batch.labels), labelled_logits(wanted, batch.labels), t)
     loss = (1 - settings.mix) * gap
     if settings.mix:
         loss = loss + settings.mix * task.compute_loss(output, batch)

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from regrow.allocation import commits
@@ -20,11 +19,11 @@ from regrow.allocation.commits import (
 from regrow.allocation.gates import GateMasks
 from regrow.allocation.proposals import price_filters
 from regrow.core.candidates import all_parts_active, exclusive_sets
-from regrow.core.objectives import CLASSIFICATION
 from regrow.core.plan import Plan
 from regrow.core.tasks import Examples
 from regrow.methods.search import Commit, Search
 from regrow.methods.search.space import SearchState, build_layout, copy_state, iterate_spans, measure_masked
+from regrow.scoring.gradients import evaluation_mode
 from regrow.surgery import apply
 from regrow.surgery.gate import parametrize
 from regrow.tracing.meta_copy import clone_model
@@ -228,31 +227,25 @@ def reset_modules(context: Context, paths: Sequence[str]) -> None:
 
 
 def take_examples(context: Context) -> Examples:
-    """Return a random batch of as many training examples as a step has; more could need more memory."""
+    """Return a random batch, on the device, of as many training examples as a step has; more could need more memory."""
     count = -(-len(context.task.train) // context.steps)  # rounded up
     generator = context.generator(context.epoch, Stream.GRADIENT_EXAMPLES)
-    return next(context.task.train.batches(count, seed=generator.initial_seed()))
+    return next(context.task.train.batches(count, seed=generator.initial_seed())).to(context.device)
 
 
 def differentiate_weights(search: Search, state: SearchState, context: Context, batch: Examples) -> Tensor:
     """Return the gradient of the batch's mean loss with respect to the weights under masks, ``[weights]``.
 
-    The network is left in evaluation mode, in which nothing is recomputed, so an eighth of the examples is used at a
-    time.
+    In evaluation mode nothing is recomputed, so an eighth of the examples is used at a time.
     """
     values = search.parametrize(state, replace(context, eval_task=context.number)).values
     levels = state.layout.levels
     learned = {name: values[name].detach().requires_grad_() for name in levels.weights}
     total = torch.zeros(len(levels.reads), device=levels.reads.device)
-    context.model.eval()
     for indices in torch.arange(len(batch)).split(max(1, len(batch) // 8)):
-        with parametrize(context.model, {**values, **learned}):
+        with evaluation_mode(context.model), parametrize(context.model, {**values, **learned}):
             examples = batch.take(indices)
-            if context.objective is CLASSIFICATION:
-                logits = context.logits(examples.inputs)
-                loss = F.cross_entropy(logits, examples.labels, reduction="sum") / len(batch)
-            else:
-                loss = task_loss(None, context, Step(0, examples)).value * (len(examples) / len(batch))
+            loss = task_loss(None, context, Step(0, examples)).value * (len(examples) / len(batch))
             gradients = torch.autograd.grad(loss, [*learned.values()], allow_unused=True, materialize_grads=True)
         total = total + levels.flat(dict(zip(learned, gradients, strict=True)))
     return total

@@ -32,12 +32,12 @@ class RetrainState:
 def build(cutout: int, context: Context, weights: Mapping[str, Tensor]) -> Learner[RetrainState]:
     """Return the learner that retrains a found network; ``cutout``: side in pixels of a square that is blanked.
 
-    ``weights``: name → the weights as the search left them, whose zeros stay 0.
+    ``weights``: name → weights as the search left them, whose zeros stay 0; others are free.
     """
     masks = {
         name: AxisTensor(weights[name].detach() != 0, context.axes.shapes[name])
         for name in context.weights
-        if not bool(weights[name].all())
+        if name in weights and not bool(weights[name].all())
     }
     return Learner(RetrainState(masks), parametrize=_mask, loss=partial(_compute_loss, cutout), project=_clip)
 

@@ -31,6 +31,7 @@ from regrow.core.sources import logits_in
 from regrow.core.tasks import Examples, run_network
 from regrow.methods.search import Commit, Search, commit
 from regrow.methods.search.space import SearchSpace, SearchState, scale_operations
+from regrow.scoring.gradients import evaluation_mode
 from regrow.settings.constraints import Fraction, OneOf, Positive, Range, check_constraints
 from regrow.surgery.gate import parametrize
 from regrow.training.learner import Context, Replacements, Step, Stream, task_loss
@@ -198,10 +199,9 @@ def measure_saliency(search: Trials, state: SearchState, context: Context) -> Sa
     weights = torch.zeros(levels.entries, device=device) if "weights" in s.levels else None
     generator = context.generator(context.epoch, Stream.GRADIENT_EXAMPLES)
     examples = next(context.task.train.batches(EXAMPLES, seed=generator.initial_seed()))
-    context.model.eval()
     for indices in torch.arange(len(examples)).split(PART):
-        batch = examples.take(indices)
-        with parametrize(context.model, {**values, **learned}):
+        batch = examples.take(indices).to(device)
+        with evaluation_mode(context.model), parametrize(context.model, {**values, **learned}):
             loss = len(indices) * _sampled_loss(context, batch, generator)
             found = torch.autograd.grad(loss, [*learned.values()], allow_unused=True, materialize_grads=True)
         products = {name: g * v.detach() for (name, v), g in zip(learned.items(), found, strict=True)}
