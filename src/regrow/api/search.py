@@ -64,7 +64,7 @@ def search(
         target: The largest allowed size: ``"params=1M"``, ``"macs=2G"`` (of one example), ``"bytes=200M"``,
             ``"nonzero=50k"``, ``"ms=12"`` (a batch on this device); or a share of what it has, ``"macs=50%"``.
         smaller: The share of all parameters that is removed: ``"30%"`` or 0.3 is the target ``"params=70%"``.
-        validation: Data for scores, and decisions of ``trials``; ``None``: a fifth of ``data`` (read in if not indexed).
+        validation: Data for scores and decisions of ``trials``; ``None``: a fifth of ``data`` (read in unless indexed).
         test: With ``out``: data on which the found network is tested once; recorded if the score is between 0 and 1.
         method: One of ``regrow.methods.SEARCHERS``.
         settings: Settings that differ from the method's defaults; images are shifted and mirrored by ``augment=True``.
