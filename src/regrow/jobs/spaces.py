@@ -107,13 +107,15 @@ def _plan_stages_in_memory(settings: Settings, task: Task, build: Callable[..., 
     ``parts``: how many cells or blocks the space has; ``build``: (index of the first one with all its candidates, of
     the last that runs, the fraction that earlier stages keep) → the network up to there.
     """
-    search = make_search(settings, parse_search_target(settings.target).measure, {})
+    target = parse_search_target(settings.target)
+    search = make_search(settings, target.measure, {})
+    left = max(search.stage_share, target.share or 0.0)
     first, budget = first_examples(task.train, settings.batch_size), parse_bytes(settings.memory)
     batch = pack_batch(first.inputs, first.labels)
 
     def plan(*, recomputes: bool) -> MemoryStages:
         def build_prefix(first: int, last: int) -> Prefix:
-            prefix = build(first, last, search.stage_share)
+            prefix = build(first, last, left)
             cast(Staged, prefix.net).recomputed = recomputes
             return prefix
 

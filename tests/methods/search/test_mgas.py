@@ -89,7 +89,7 @@ def test_at_first_nothing_stands_otherwise(task, axes):
 
 @pytest.fixture(scope="module")
 def run(task, axes):
-    search, net, history = search_with(), network(), []
+    search, net, history = search_with(regrow=1.0), network(), []
 
     def log(kind, /, **row):
         history.append(row) if kind == "epoch" else None

@@ -51,7 +51,7 @@ class Settings:
         levels: The granularities that are searched; ``weights`` only with ``measure=nonzero``, the only measure in
             which zeroed weights cost nothing.
         stages: The last part of the network in each stage, ascending, ending with the whole network; set by the run.
-        share: The fraction of its size that a stage leaves, except the last one.
+        share: The fraction of its size that a stage leaves, except the last one; that of the target if it is greater.
         warm: The number of epochs at the start of a stage in which only weights are trained.
         every: The number of epochs between two commits, which cut what is masked, after the ``warm`` ones.
         gain: How fast μ follows the excess: the value that it would reach in a stage at a constant excess of 1.
@@ -214,7 +214,8 @@ class Mgas(Search):
         state.clear_thresholds()
         state = self._protect_earlier(self.update_layout(state, context), context)
         size = self.size(state, context)
-        return replace(state, start=size, goal=self.s.target if stage == self.stages - 1 else self.s.share * size)
+        share = max(self.s.share, min(1.0, self.s.target / state.whole))
+        return replace(state, start=size, goal=self.s.target if stage == self.stages - 1 else share * size)
 
     def _protect_earlier(self, state: SearchState, context: Context) -> SearchState:
         """Return the state with ``earlier``: operations and axes of earlier stages, if these are not pruned again."""
