@@ -144,6 +144,23 @@ def test_the_chosen_candidate_is_one_that_meets_the_target(method):
     ]
 
 
+def test_darts_chooses_operations_with_which_the_target_can_be_met():
+    class Choice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.last = nn.Linear(6, 2)
+            self.place = regrow.Candidates({"big": nn.Sequential(nn.Linear(6, 6), nn.ReLU()), "none": nn.Identity()})
+
+        def forward(self, x):
+            return self.last(self.place(x))
+
+    inputs = rows_of()[0]
+    data = inputs, (inputs[:, 0].abs() > 0.7).long()
+    result = regrow.search(Choice(), data, target="params=40%", method="darts", epochs=10, lr=0.1)
+    assert result.size <= result.target and "place.ops.big" in result.plans[0].drop
+
+
 def test_tied_candidates_are_chosen_together_by_darts():
     result = regrow.search(Several("tied"), rows_of(), target="params=60%", method="darts", epochs=3, lr=0.3)
     dropped = sorted(path for plan in result.plans for path in plan.drop)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from regrow.allocation.commits import least_cost
 from regrow.allocation.darts import Edges, select_operations
 from regrow.allocation.gates import GateMasks
 from regrow.core.amounts import Measure
@@ -135,12 +136,29 @@ class Darts(Search):
     def finalize(self, state: SearchState, context: Context, target: float) -> Commit:
         """Return the plan that drops operations that are not chosen; called again, one that cuts filters, if needed."""
         if state.chosen is None:
+            self._avoid_dear_operations(state, target)
             state = replace(state, chosen=0.0)  # not None: masks keep the chosen operations alone
             plan, state = plan_masked_cut(self, state, context, self.masks(state, context), target)
             state = replace(state, chosen=self.size(state, context))
             if plan:
                 return plan, state
         return plan_fit(self, rank_evenly(state), context, target)
+
+    @torch.no_grad()
+    def _avoid_dear_operations(self, state: SearchState, target: float) -> None:
+        """Set α in place so that, while no cut of filters meets the target, the next best of an edge is chosen."""
+        layout, edges, prices = state.layout, state.edges, state.layout.prices()
+        while True:
+            chosen, share = choose_operations(state) & layout.alive, _shares(state)
+            if least_cost(replace(layout, alive=chosen), ("filters",)) <= target:
+                return
+            on_one_edge = edges.edge[:, None] == edges.edge
+            cheaper = on_one_edge & (prices < prices[:, None]) & layout.alive & (share > 0)
+            dear = chosen & cheaper.any(1)
+            if not dear.any():
+                return  # the plan that cuts filters says what is missing
+            i = layout.tied[torch.where(dear, share, torch.inf).argmin()]
+            state.alpha.values[edges.table[edges.edge[i], edges.column[i]]] = -torch.inf
 
 
 build = Darts
