@@ -1,7 +1,7 @@
 """Commits of a search: plans that remove what is masked, fit the network to its budget, or restore units."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -16,7 +16,7 @@ from regrow.allocation.commits import (
     savings,
     select_removed,
 )
-from regrow.allocation.gates import GateMasks
+from regrow.allocation.gates import GateMasks, Gates
 from regrow.allocation.proposals import price_filters
 from regrow.core.candidates import all_parts_active, exclusive_sets
 from regrow.core.plan import Plan
@@ -53,13 +53,19 @@ def plan_masked_cut(
     for key, units in keep.items():
         removed = (int(unit) for i, unit in enumerate(context.axes[key].ids) if i not in units)
         cut[key] = (*cut.get(key, ()), *removed)
-    state = replace(state, cut=cut, pending=saved["operations"], dropped=(*state.dropped, *drop))
+    state = replace(state, cut=cut, pending=saved["operations"], dropped={**state.dropped, **_price(layout, drop)})
     state = replace(state, saved=replace(state.saved, weights=saved["weights"]))
     origin = {"method": "search", "epoch": context.epoch}
     if drop:
         return Plan.dropping(context.axes, drop, keep, origin=origin), state
     state = search.update_layout(state, context)
     return Plan.keeping(context.axes, keep, origin=origin) if keep else None, state
+
+
+def _price(layout: Gates, operations: Collection[str]) -> dict[str, float]:
+    """Return the path of each of ``operations`` → its present cost."""
+    prices = dict(zip(layout.ops, layout.prices().tolist(), strict=True)) if operations else {}
+    return {path: prices[path] for path in operations}
 
 
 def plan_drop(search: Search, state: SearchState, context: Context, ops: Tensor) -> Commit:
@@ -71,7 +77,8 @@ def plan_drop(search: Search, state: SearchState, context: Context, ops: Tensor)
     drop, _ = select_removed(state.layout, masks, context.axes)
     if not drop:
         return None, state
-    state = replace(state, pending=savings(state.layout, masks)["operations"], dropped=(*state.dropped, *drop))
+    pending, dropped = savings(state.layout, masks)["operations"], {**state.dropped, **_price(state.layout, drop)}
+    state = replace(state, pending=pending, dropped=dropped)
     origin = {"method": "search", "epoch": context.epoch, "stood": True}
     return Plan.dropping(context.axes, drop, {}, origin=origin), state
 
@@ -133,6 +140,28 @@ def plan_single_choice(search: Search, state: SearchState, context: Context) -> 
     return plan_drop(search, state, context, ops)
 
 
+def plan_return(search: Search, state: SearchState, context: Context) -> Commit:
+    """Return the plan that restores operations dropped in this stage for which the target has room, and the state.
+
+    The most important come first, tied ones together, but none that costs less than a tenth of the room. Their thresholds
+    are set to 0 in place. ``None`` where the network has :data:`FULL` of the target, or none fits.
+    """
+    layout, target, back = state.layout, search.space.target, list[str]()
+    room = target - search.size(state, context)
+    if room <= (1 - FULL) * target or not state.dropped or exclusive_sets(context.model):
+        return None, state
+    alpha = state.alpha.values.detach()
+    dead = [i for i, path in enumerate(layout.ops) if path in state.dropped and not layout.alive[i]]
+    for i in sorted((i for i in dead if layout.tied[i] == i), key=lambda i: float(alpha[i]), reverse=True):
+        together = [j for j in dead if layout.tied[j] == i]
+        cost = sum(state.dropped[layout.ops[j]] for j in together)
+        if room / 10 <= cost <= room:
+            back += [layout.ops[j] for j in together]
+            state.operation_thresholds.values.data[together] = 0.0
+            room -= cost
+    return Plan(back=tuple(back), origin={"method": "search", "epoch": context.epoch}) if back else None, state
+
+
 def plan_revival(share: float, state: SearchState, context: Context) -> Commit:
     """Return the plan that restores the fraction ``share`` of this stage's dropped operations, and the state.
 
@@ -146,7 +175,8 @@ def plan_revival(share: float, state: SearchState, context: Context) -> Commit:
     weight = dict(zip(layout.ops, state.alpha.values.detach().sigmoid().tolist(), strict=True))
     generator = context.generator(context.epoch, Stream.RETURNING_OPERATIONS)
     back = sample_operations(dead, alive, drift, weight, count, generator) if dead else []
-    return Plan(back=tuple(back), origin={"method": "mgas", "epoch": context.epoch}) if back else None, state
+    origin = {"method": "mgas", "epoch": context.epoch, "reset": True}
+    return Plan(back=tuple(back), origin=origin) if back else None, state
 
 
 def plan_restoration(search: Search, share: float, state: SearchState, context: Context) -> Commit:

@@ -194,8 +194,8 @@ class Mgas(Search):
         return replace(state, multiplier=multiplier, examples=state.examples + len(step.batch))
 
     def boundary(self, state: SearchState, context: Context, boundary: Boundary) -> SearchState:
-        """Hook ``boundary``: start the first stage, and re-initialise operations that a plan restores, in place."""
-        if boundary.plan:
+        """Hook ``boundary``: start the first stage, and re-initialise operations that a stage restores, in place."""
+        if boundary.plan and boundary.plan.origin.get("reset"):
             commit.reset_modules(context, boundary.plan.back)
         state = super().boundary(state, context, boundary)
         match boundary.event:
@@ -210,7 +210,7 @@ class Mgas(Search):
 
     def _start_stage(self, state: SearchState, context: Context, stage: int) -> SearchState:
         """Return the state at the start of a stage, with thresholds at 0 and the size that the stage has to reach."""
-        state = replace(state, stage=stage, multiplier=0.0, dropped=(), cut={}, turn=0)
+        state = replace(state, stage=stage, multiplier=0.0, dropped={}, cut={}, turn=0)
         state.clear_thresholds()
         state = self._protect_earlier(self.update_layout(state, context), context)
         size = self.size(state, context)
@@ -239,6 +239,8 @@ class Mgas(Search):
                 partial(commit.plan_revival, self.s.regrow),
                 partial(commit.plan_restoration, self, self.s.regrow_filters),
             ]
+        elif context.epoch == context.epochs - 1:
+            steps.append(partial(commit.plan_return, self))
         for turn in range(state.turn, len(steps)):
             plan, state = steps[turn](replace(state, turn=turn + 1), context)
             if plan:

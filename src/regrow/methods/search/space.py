@@ -103,7 +103,7 @@ class SearchState:
     whole: float = 0.0  # the size of the network as it is, without classifiers of earlier stages
     saved: Savings = Savings()
     pending: float = 0.0  # the reduction of the size by operations in the plan that is about to be applied
-    dropped: tuple[str, ...] = ()  # operations dropped in this stage
+    dropped: Mapping[str, float] = field(default_factory=dict)  # operation dropped in this stage → its cost then
     cut: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # axis key → ids of filters cut in this stage
     history: tuple[Mapping[str, int | float], ...] = ()  # the measurements of the last epoch
     multiplier: float = 0.0  # μ, the weight of the size in the loss
