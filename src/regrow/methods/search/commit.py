@@ -143,8 +143,8 @@ def plan_single_choice(search: Search, state: SearchState, context: Context) -> 
 def plan_return(search: Search, state: SearchState, context: Context) -> Commit:
     """Return the plan that restores operations dropped in this stage for which the target has room, and the state.
 
-    The most important come first, tied ones together, but none that costs less than a tenth of the room. Their thresholds
-    are set to 0 in place. ``None`` where the network has :data:`FULL` of the target, or none fits.
+    The most important come first, tied ones together, none that costs less than a tenth of the room. Thresholds
+    of these are set to 0 in place. ``None`` where the network has :data:`FULL` of the target, or none fits.
     """
     layout, target, back = state.layout, search.space.target, list[str]()
     room = target - search.size(state, context)
