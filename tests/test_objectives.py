@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from regrow.core.errors import InputError
 from regrow.core.objectives import OBJECTIVES, Score, choose_objective
 from regrow.core.sources import Batch
+from regrow.store.probe import max_difference
 
 X, LOGITS = torch.ones(4, 3), torch.tensor([[2.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 3.0]])
 
@@ -68,3 +69,9 @@ def test_one_output_is_no_choice_of_classes():
         labels = batch.labels if logits.dim() == 2 else torch.zeros(4, 3, 3).long()
         with pytest.raises(InputError, match=r"one output for each .* give labels as floats"):
             OBJECTIVES["classification"].compute_loss(logits, Batch((X,), labels=labels))
+
+
+def test_outputs_that_are_not_finite_are_compared():
+    one, other = torch.tensor([0.0, torch.nan]), torch.tensor([0.0, torch.inf])
+    assert max_difference([one, other], [one, other]) == 0
+    assert max_difference([LOGITS, one], [LOGITS, torch.zeros(2)]) == torch.inf

@@ -16,6 +16,7 @@ from torch.utils.data import (
 
 from regrow.core.tasks import Examples, ExamplesView, first_examples
 from regrow.data import datasets
+from regrow.data.batch_forms import ReadOptions
 from regrow.data.datasets import LoadedExamples, StreamedExamples, fix_order, to_examples, to_tasks
 from regrow.data.halves import SourceError
 from regrow.data.streams import permuted_tasks
@@ -222,3 +223,26 @@ def test_what_is_no_task_is_named(tasks, words):
 def test_a_dict_names_the_tasks():
     data = (INPUTS, LABELS)
     assert [task.name for task in to_tasks({"one": (data, data), "two": (data, data)})] == ["one", "two"]
+
+
+def test_tokens_of_a_data_set_are_labelled_by_the_tokens_that_follow():
+    rows = [{"input_ids": torch.arange(4) + i, "labels": torch.arange(4) + i} for i in range(6)]
+    for data in (rows, DataLoader(rows, batch_size=2)):
+        examples = to_examples(data, ReadOptions(shift=True)).take(torch.tensor([1]))
+        assert examples.labels.tolist() == [[2, 3, 4, -100]]
+
+
+def test_labels_that_a_data_set_changes_are_read_from_its_entries():
+    class Parity(Dataset):
+        targets, target_transform = [*range(10)], staticmethod(lambda label: label % 2)
+
+        def __len__(self):
+            return 10
+
+        def __getitem__(self, index):
+            return torch.ones(3) * index, self.target_transform(self.targets[index])
+
+    for data in (Parity(), Subset(Parity(), [0, 3, 4])):
+        assert to_examples(data).labels_of() is None
+    (task,) = to_tasks([(Parity(), Parity())])
+    assert task.classes == (0, 1)

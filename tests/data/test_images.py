@@ -1,5 +1,6 @@
 """Images as sources."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -102,3 +103,14 @@ def test_digits() -> None:
     assert big.batches[0].args[0].shape == (5, 3, 28, 28)
     assert torch.equal(big.batches[0].args[0], digits(n=5, size=28, channels=3, seed=1).batches[0].args[0])
     assert not torch.equal(big.batches[0].args[0], digits(n=5, size=28, channels=3, seed=2).batches[0].args[0])
+
+
+def test_hidden_folders_and_the_halves_of_a_task_are_no_classes(folder: Path) -> None:
+    root = folder.with_name(f"{folder.name}-task")
+    for half in ("train", "test"):
+        shutil.copytree(folder, root / half)
+        (root / half / ".ipynb_checkpoints").mkdir()
+    with pytest.raises(SourceError, match=r"train and test, which are no classes; give .*/test"):
+        images("fruit", root)
+    task = streams.load_image_folder(root)
+    assert task.classes == (0, 1) and set(task.train.labels_of().tolist()) == {0, 1}

@@ -11,6 +11,7 @@ import torch
 from regrow.data import TEXT_DOMAINS, Half, SourceError, Text, text, windows
 from regrow.data.halves import PARAGRAPH_CHARACTERS, select_half
 from regrow.data.text import load_files
+from regrow.evaluation.choice import items_in
 
 transformers = pytest.importorskip("transformers", reason="needs regrow[llm]")
 
@@ -194,3 +195,11 @@ def test_bad_sources_are_one_line_with_a_remedy(tmp_path: Path, monkeypatch: pyt
         with pytest.raises(SourceError, match=part) as caught:
             text(spec)
         assert "\n" not in str(caught.value)
+
+
+def test_lines_of_jsonl_end_at_line_feeds_alone(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one\u2028two"}\n\n{"text": "three\x85"}\n', encoding="utf-8")
+    assert text(f"a={tmp_path / 'a.jsonl'}").documents == ("one\u2028two", "three\x85")
+    item = '{"query": "a", "choices": ["b", "c\u2029"], "gold": 1}\n'
+    (tmp_path / "items.jsonl").write_text(item + "\n", encoding="utf-8")
+    assert len(items_in(tmp_path / "items.jsonl")) == 1

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from regrow.core.objectives import choose_objective
 from regrow.core.tasks import Examples, Task
 from regrow.data.streams import load_digits, permuted_tasks, sample_task, split_by_classes
 from regrow.methods import LEARNERS
@@ -327,3 +328,29 @@ def test_strengths_are_relative_to_the_rate() -> None:
     schedule = replace(SCHEDULE, epochs=1, decay="cosine")
     learn(model, trace(model, TASKS[0].train.inputs[:2]), TASKS[:1], replace(learner, after_step=note), schedule)
     assert seen[0] == pytest.approx(0.05) and seen[-1] < 0.01 and seen == sorted(seen, reverse=True)
+
+
+def test_networks_with_batch_norm_and_unlabelled_examples_are_learned() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 10))
+    tasks = split_by_classes(sample_task(load_digits(), 200, 20), 2)
+    axes = trace(net, tasks[0].train.inputs[:2])
+    learn(net, axes, tasks, LEARNERS["sparsegrow"].create("sparsegrow", {}), SCHEDULE)
+    labels = tasks[0].train.labels.clone()
+    labels[:40] = -100
+    part = replace(tasks[0], train=Examples(tasks[0].train.inputs, labels))
+    learn(net, trace(net, part.train.inputs[:2]), [part, tasks[1]], LEARNERS["ewc"].create("ewc", {}), SCHEDULE)
+    assert all(bool(p.isfinite().all()) for p in net.parameters())
+
+
+def test_settings_of_classes_are_refused_elsewhere() -> None:
+    net, tasks = (
+        nn.Sequential(nn.Flatten(), nn.Linear(64, 10)),
+        split_by_classes(sample_task(load_digits(), 100, 20), 2),
+    )
+    axes = trace(net, tasks[0].train.inputs[:2])
+    with pytest.raises(ValueError, match="asymmetric_loss=true is of tasks with classes of their own"):
+        learn(net, axes, tasks, LEARNERS["replay"].create("replay", {"asymmetric_loss": True}), SCHEDULE)
+    custom = replace(SCHEDULE, scenario="task", objective=choose_objective(nn.CrossEntropyLoss(), None))
+    with pytest.raises(ValueError, match="scenario 'task' is of classes, and the objective is custom"):
+        learn(net, axes, tasks, LEARNERS["naive"].create("naive", {}), custom)

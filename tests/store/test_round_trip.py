@@ -280,3 +280,15 @@ def test_a_hook_of_the_first_run_is_added_once(tmp_path):
     save(net, tmp_path / "net", example=x)
     assert torch.equal(net(x), expected)
     assert torch.equal(load(tmp_path / "net", model=AddsHook)(x), expected)
+
+
+def test_files_of_ones_own_beside_a_model_stay(tmp_path):
+    net, own = tmp_path / "net", ("model_finetuned.safetensors", "vocab.json", "config.json")
+    save(nn.Sequential(nn.Linear(2, 2)), net)
+    for name in own:
+        (net / name).write_text("mine")
+    save(nn.Sequential(nn.Linear(2, 2)), net)
+    assert {*own} <= {path.name for path in net.iterdir()}
+    (net / "run.json").write_text("{}")
+    with pytest.raises(StoreError, match="is the folder of a run"):
+        save(nn.Sequential(nn.Linear(2, 2)), net)

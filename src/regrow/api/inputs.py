@@ -1,5 +1,6 @@
 """Read what users pass to the Python interface: a network or its name, an example input, data, and a loss."""
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -82,14 +83,16 @@ def choose_reading(model: nn.Module, tokenizer: Any, batch_size: int, size: int 
     ``tokenizer``: for text, or ``None``; ``size``: height and width of images from files, in pixels. Images are
     normalised unless the network's ``origin`` denies it. Labels of causal language models are shifted by one token.
     """
-    shift = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    shift = any(kind.__name__.endswith(("ForCausalLM", "LMHeadModel")) for kind in type(model).__mro__)
     origin = getattr(model, "origin", None)
     normalised = not isinstance(origin, Origin) or origin.normalised_images
     formats = {p.dtype for p in model.parameters() if p.is_floating_point()}
     dtype = formats.pop() if len(formats) == 1 else None
     decoder_inputs = find_decoder_inputs(model)
+    taken = inspect.signature(model.forward).parameters.values()
+    caches = any(one.name == "use_cache" or one.kind is one.VAR_KEYWORD for one in taken)
     reading = ReadOptions(batch_size, tokenizer, size=size, shift=shift, normalised=normalised, dtype=dtype)
-    return replace(reading, decoder_inputs=decoder_inputs)
+    return replace(reading, decoder_inputs=decoder_inputs, caches=caches)
 
 
 def find_side(inputs: Sequence[object]) -> int:

@@ -11,7 +11,16 @@ import torch
 from torch import nn
 
 from regrow.api.call import Call, describe_argument
-from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, Precision, choose_reading, require_weights
+from regrow.api.inputs import (
+    DeviceLike,
+    Inputs,
+    LossLike,
+    ModelLike,
+    Precision,
+    choose_reading,
+    find_side,
+    require_weights,
+)
 from regrow.core.axes import AxisGraph, Example
 from regrow.core.errors import InputError
 from regrow.core.objectives import CLASSIFICATION, OBJECTIVES, OWN, Objective, choose_objective
@@ -119,8 +128,8 @@ def learn(
         batch_size: Examples per step.
         optimizer: ``"sgd"`` (momentum 0.9, Nesterov), ``"adamw"``, or a function (parameter groups) → optimizer, such
             as ``functools.partial(torch.optim.SGD, lr=0.1, momentum=0.8)``.
-        lr: Learning rate.
-        weight_decay: Weight decay.
+        lr: Learning rate; a function as ``optimizer`` has its own.
+        weight_decay: Weight decay, likewise.
         device: The device to train on, such as ``"cuda"``, or ``"auto"``; ``None``: where the network is.
         precision: ``"bfloat16"``: forward passes compute in it, as for :func:`regrow.prune`.
         seed: Seed of the order of examples and of everything random.
@@ -144,7 +153,8 @@ def learn(
     call = call.with_generators(tasks=tasks)
     net = replace(call, example=Example() if example is None else example, axes=None).read(progress)
     require_weights(net.model)
-    all_tasks = to_tasks(tasks, choose_reading(net.model, net.loaded.tokenizer, batch_size))
+    side = find_side(net.loaded.example.args)
+    all_tasks = to_tasks(tasks, choose_reading(net.model, net.loaded.tokenizer, batch_size, side))
     names = tuple(task.name for task in all_tasks)
     config = Settings(names, net.loaded.origin.name, method, dict(settings or {}), scenario, epochs, batch_size)
     config = replace(config, lr=float(lr), weight_decay=float(weight_decay), precision=precision, seed=seed)

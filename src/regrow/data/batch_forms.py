@@ -31,6 +31,7 @@ class ReadOptions:
     # Labels → ``decoder_input_ids`` of batches without them, for encoder-decoder models of transformers.
     decoder_inputs: Callable[[Tensor], Tensor] | None = None
     normalised: bool = True  # images from files, as torchvision's pretrained networks expect; else 0 to 1
+    caches: bool = True  # whether the network takes ``use_cache``, which windows of text switch off
     dtype: torch.dtype | None = None  # to which floating-point inputs are cast; ``None``: they keep theirs
 
     def __post_init__(self) -> None:

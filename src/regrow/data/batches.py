@@ -138,7 +138,8 @@ def _tokenize(text: Text, reading: ReadOptions) -> Source:
     if reading.tokenizer is None:
         raise SourceError(f"source {text.name!r} is text, and the model has no tokenizer; give tokenizer=")
     size = min(reading.batch_size, 4)
-    return windows(text, reading.tokenizer, n=None, seq_len=reading.seq_len, half=Half.WHOLE, batch_size=size)
+    source = windows(text, reading.tokenizer, n=None, seq_len=reading.seq_len, half=Half.WHOLE, batch_size=size)
+    return source if reading.caches else replace(source, batches=[replace(one, kwargs={}) for one in source])
 
 
 def _read_columns(data: Any, name: str, reading: ReadOptions) -> Source:

@@ -34,7 +34,7 @@ class StreamedExamples:
     # (list of entries) → a batch, as :func:`regrow.data.batch_forms.to_batch` takes it; ``None``: torch's way
     collate: Callable[[list[Any]], Any] | None = None
     name: str = "data"  # what error messages call it
-    dtype: torch.dtype | None = None  # the floating format to which inputs are cast; ``None``: they keep theirs
+    reading: ReadOptions = DEFAULTS  # how batches are read
 
     def __len__(self) -> int:
         return len(self.dataset) if self.indices is None else len(self.indices)
@@ -74,13 +74,15 @@ class StreamedExamples:
     def _join(self, entries: list[Any]) -> Examples:
         """Return entries of the data set as a batch of examples."""
         if self.collate is not None or isinstance(entries[0], dict):
-            return batch_to_examples(batch_forms.to_batch((self.collate or default_collate)(entries)))
+            return batch_to_examples(
+                batch_forms.to_batch((self.collate or default_collate)(entries), reading=self.reading)
+            )
         return Examples(_stack_inputs([entry[0] for entry in entries]), _stack_labels([entry[1] for entry in entries]))
 
     def _check(self, examples: Examples, where: str) -> Examples:
         """Return examples as networks and losses take them, or raise SourceError; ``where`` names them in messages."""
         labels = check_labels(examples.labels, where, len(examples))
-        return _make_examples(check_input(examples.inputs, where, self.dtype), labels, where)
+        return _make_examples(check_input(examples.inputs, where, self.reading.dtype), labels, where)
 
 
 @dataclass(frozen=True)
@@ -123,11 +125,11 @@ def to_examples(data: Any, reading: ReadOptions = DEFAULTS, name: str = "data") 
         return _make_examples(check_input(data[0], where, reading.dtype), check_labels(data[1], where, size), where)
     if isinstance(data, DataLoader) and _takes_each_once(data):
         collate = None if data.collate_fn is default_collate else data.collate_fn
-        return StreamedExamples(data.dataset, None, data.num_workers, collate, name, reading.dtype)
+        return StreamedExamples(data.dataset, None, data.num_workers, collate, name, reading)
     indexed = hasattr(data, "__getitem__") and hasattr(data, "__len__") and not hasattr(data, "column_names")
     is_batches = isinstance(data, Sequence | Tensor | np.ndarray | dict | DataLoader)
     if is_example_list(data) or (indexed and not is_batches):
-        return StreamedExamples(data, name=name, dtype=reading.dtype)
+        return StreamedExamples(data, name=name, reading=reading)
     source = to_source(data, name, reading)
     if isinstance(source.batches, BatchStream):
         return LoadedExamples(source.batches)
@@ -213,9 +215,16 @@ def _find_targets(dataset: Any) -> Tensor | None:
         labels = _find_targets(inner)
         return None if labels is None else labels[torch.as_tensor(indices)]
     targets = getattr(dataset, "targets", None)
-    if targets is None or len(targets) != len(dataset):
+    if targets is None or len(targets) != len(dataset) or not len(dataset):
         return None
-    return targets if isinstance(targets, Tensor) else torch.tensor([int(label) for label in targets])
+    try:
+        labels = torch.as_tensor(targets)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    if labels.dim() != 1 or labels.is_floating_point():
+        return None
+    changes = (dataset, getattr(dataset, "transforms", None))  # torchvision's change labels where they read an entry
+    return None if any(getattr(one, "target_transform", None) for one in changes) else labels
 
 
 def _takes_each_once(loader: DataLoader[Any]) -> bool:

@@ -143,7 +143,8 @@ def load_image_folder(
     ``normalised``: as torchvision's pretrained networks expect; else values are 0 to 1.
     """
     halves = [Path(folder) / half for half in ("train", "test")]
-    classes = sorted({path.name for half in halves if half.is_dir() for path in half.iterdir() if path.is_dir()})
+    folders = (path for half in halves if half.is_dir() for path in half.iterdir() if path.is_dir())
+    classes = sorted({path.name for path in folders if not path.name.startswith(".")})
     result, present = list[ExampleSet](), set[int]()
     for half, n in zip(halves, (train, test), strict=True):
         files = [(file, i) for i, name in enumerate(classes) for file in image_files(half / name)]

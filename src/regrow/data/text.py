@@ -168,7 +168,7 @@ def _split_documents(path: Path, content: str) -> Iterator[str]:
     if _suffix(path) != ".jsonl":
         yield content
         return
-    for number, line in enumerate(content.splitlines(), start=1):
+    for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -119,6 +119,8 @@ def images(
     if not path.is_dir():
         raise SourceError(f"source {name!r}: {path} is not a folder; give one with a sub-folder of images per class")
     classes = sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+    if {"train", "test"} == {folder.name for folder in classes}:
+        raise SourceError(f"source {name!r}: {path} has train and test, which are no classes; give {path}/test")
     files = [(file, label) for label, folder in enumerate(classes) for file in _select_half(image_files(folder), half)]
     if not files:
         raise SourceError(f"source {name!r}: no {half} images in sub-folders of {path}; give path/CLASS/image.jpg")
@@ -189,11 +191,12 @@ class ImageRows:
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Return one image and its class."""
+    def __getitem__(self, index: int) -> tuple[Tensor, float]:
+        """Return one image and its label."""
         row = self.data[index]
         image = image_tensor(row[self.image_column], self.size, "an image", normalised=self.normalised)
-        return image, int(row[self.label_column])
+        label = row[self.label_column]
+        return image, label if isinstance(label, float) else int(label)
 
 
 def image_tensor(image: Any, size: int, name: str, *, normalised: bool) -> Tensor:

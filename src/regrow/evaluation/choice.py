@@ -88,11 +88,12 @@ def items_in(path: Path, n: int | None = None) -> list[Item]:
     if len(data) > MAX_TEXT_BYTES:
         raise InputError(f"{path} holds more than {MAX_TEXT_BYTES:,} bytes of items; give a smaller file")
     try:
-        lines = data.decode("utf-8-sig").splitlines()
+        lines = data.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError:
         raise InputError(f"{path} is not text in UTF-8; give a .jsonl or .jsonl.gz file") from None
     items: list[Any] = []
-    for number, line in islice(enumerate(lines, start=1), n):
+    numbered = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+    for number, line in islice(numbered, n):
         where = f"line {number} of {path}"
         items.append(parse_json(line, where))
         _split_choices(items[-1], where)

@@ -18,6 +18,7 @@ from regrow.evaluation.measure import evaluating
 from regrow.nets.loaded import format_shape
 from regrow.store.errors import StoreError
 from regrow.store.models import link_other_files
+from regrow.store.probe import max_difference
 from regrow.store.replacing import WORK, replace_folder
 from regrow.store.run_folder import WritePage
 from regrow.store.shapes import SHAPES
@@ -81,8 +82,8 @@ def compare_outputs(
     network does not take the example. ``subject``: what the error calls the rebuilt network.
     """
     ours, theirs = (_run(net, example) for net in (model, rebuilt))
-    difference = max((float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True) if a.numel()), default=0.0)
-    largest = max((float(a.abs().max()) for a in ours if a.numel()), default=0.0)
+    difference = max_difference(ours, theirs)
+    largest = max((float(a[a.isfinite()].abs().max()) for a in ours if a.isfinite().any()), default=0.0)
     if not difference <= tolerance * largest:
         raise CheckError(f"{subject} answers otherwise, by {difference:.3g}; please report it")
     return difference

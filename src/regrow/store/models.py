@@ -41,11 +41,11 @@ CARRIED = (
     "buffers.safetensors",
     probe.FILE,
 )
-# Name patterns of all files of a saved model.
+# Name patterns of all files of a saved model; those after ``SHAPES`` only of one of transformers.
 FILES = (
-    *("model*.safetensors", "model.safetensors.index.json", SHAPES, *CARRIED, "config.json", "generation_config.json"),
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
-    *("vocab.json", "merges.txt", "tokenizer.model"),
+    *("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json", *CARRIED, SHAPES),
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model"),
 )
 
 _log = logging.getLogger("regrow")
@@ -89,6 +89,8 @@ def save(
         raise StoreError(f"{folder} holds a model that regrow did not write; choose another folder")
     if (folder / WORK).exists():
         raise StoreError(f"{folder} holds a run that is not finished; choose another folder")
+    if (folder / "run.json").exists() and folder.name != WORK:
+        raise StoreError(f"{folder} is the folder of a run, whose record would not fit; choose another folder")
     if example is not None:
         example = to_example(example, model.model if isinstance(model, Loaded) else model)
     with replace_folder(folder) as new:
@@ -281,4 +283,9 @@ def _model_files(folder: Path) -> list[Path]:
     """Return the files of the model that was saved in a folder; none unless the folder has ``shapes.json``."""
     if not (folder / SHAPES).exists():
         return []
-    return [path for path in folder.iterdir() if any(path.match(name) for name in FILES) and path.is_file()]
+    try:
+        is_plain = read_shapes(folder, check=False).origin.kind != "transformers"
+    except StoreError:
+        is_plain = False
+    names = FILES[: FILES.index(SHAPES) + 1] if is_plain else FILES
+    return [path for path in folder.iterdir() if any(path.match(name) for name in names) and path.is_file()]

@@ -102,7 +102,7 @@ def check_probe(model: nn.Module, path: Path, *, stored: Iterable[torch.dtype], 
         return
     if [x.shape for x in samples] != [x.shape for x in before]:
         raise StoreError(f"{path.parent}: the outputs have other shapes than those of the saved network; {_REMEDY}")
-    difference = _max_difference(before, samples)
+    difference = max_difference(before, samples)
     magnitude = max((float(x.abs().max()) for x in before if len(x)), default=0.0)
     same = header.exact and not cast and header.conditions == read_conditions()
     allowed = 0.0 if same else magnitude * 64 * _coarsest_epsilon(model, stored)
@@ -259,7 +259,7 @@ def _make_pattern(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return (torch.arange(count) * 7919 % 257).to(torch.float32).div(128).sub(1).to(dtype).reshape(tuple(shape))
 
 
-def _max_difference(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+def max_difference(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     """Return the largest absolute difference of two rows of tensors, pair by pair; NaN equals NaN, infinity itself."""
     result = 0.0
     for x, y in zip(a, b, strict=True):
@@ -280,6 +280,6 @@ def _measure_rounding(model: nn.Module, structure: Any, inputs: Sequence[Tensor]
     try:
         wide = [x.double() if x.is_floating_point() else x for x in inputs]
         _, exact = sample_outputs(copy.deepcopy(model).double(), structure, wide)
-        return _max_difference(exact, samples)
+        return max_difference(exact, samples)
     except Exception:
         return 0.0

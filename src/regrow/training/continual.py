@@ -66,6 +66,11 @@ def learn(
             f"this method needs probabilities of classes or tokens, and the objective is {schedule.objective.name}; "
             "take naive, si, packnet or wsn"
         )
+    if schedule.scenario != "domain" and schedule.objective is not CLASSIFICATION:
+        raise ValueError(
+            f"scenario {schedule.scenario!r} is of classes, and the objective is {schedule.objective.name}; leave it "
+            "at 'domain', or take the loss 'classification'"
+        )
     options, state = options or FitOptions(), state or TrainState(learner.state)
     ranks = options.parallel.ranks
     if not state.before:

@@ -158,7 +158,7 @@ class Context:
         choice = classes.repeat(len(labels), 1)
         for task in self.past:
             of_task = torch.zeros_like(classes).index_fill(0, torch.tensor(task.classes, device=labels.device), True)
-            choice = torch.where((of_task & ~classes)[labels][:, None], of_task, choice)
+            choice = torch.where((of_task & ~classes)[labels.clamp_min(0)][:, None], of_task, choice)
         return mask_classes(logits, choice)
 
     def generator(self, *purpose: int) -> torch.Generator:

@@ -54,6 +54,8 @@ def _add_fisher(settings: Settings, factors: Factors, context: Context) -> dict[
             context.model.zero_grad(set_to_none=True)
             example = context.task.train.take(torch.tensor([i]))
             logits = select_logits(context.logits(example.inputs), example.labels)
+            if not len(logits):
+                continue  # without a label
             sample_log_likelihood(logits, generator).backward()
             for name, parameter in parameters.items():
                 if parameter.grad is not None:

@@ -55,6 +55,8 @@ def build(settings: Settings) -> Learner[ReplayState]:
 
     def compute_loss(state: ReplayState, context: Context, step: Step) -> Loss:
         batch = step.batch
+        if settings.asymmetric_loss and context.classes is None:
+            raise ValueError("asymmetric_loss=true is of tasks with classes of their own: take --scenario class")
         logits = context.logits(batch.inputs)
         task_logits = mask_classes(logits, context.task_classes) if settings.asymmetric_loss else logits
         loss = class_loss(task_logits, batch.labels)

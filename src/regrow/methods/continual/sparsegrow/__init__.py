@@ -41,6 +41,7 @@ from regrow.methods.continual.sparsegrow.state import SparseGrowState
 from regrow.protection.factors import add_factors
 from regrow.protection.growth import direct_new_units, extend_anchor, fit_to_task, weigh_new_units
 from regrow.protection.guards import apply_guards, build_guards, settle_guards
+from regrow.scoring.gradients import evaluation_mode
 from regrow.settings.constraints import CheckedSettings, Count, Fraction, NonNegative, OneOf, Range
 from regrow.surgery.new_units import sparsify_new_units
 from regrow.training.hooks import add_to_replay_memory, copy_parameters, draw_from_replay_memory, inputs_of, name_inputs
@@ -286,7 +287,7 @@ def _initialise_new_units(s: Settings, state: SparseGrowState, context: Context,
 
 def _end_task(s: Settings, state: SparseGrowState, context: Context) -> SparseGrowState:
     """Set weights below their thresholds to 0, own the others, and reset thresholds, in place; log the owned shares."""
-    with torch.no_grad():
+    with torch.no_grad(), evaluation_mode(context.model):
         for thresholded in state.thresholded(context):
             thresholded.weight.mul_(thresholded.kept)
             thresholded.threshold.zero_()
@@ -299,8 +300,7 @@ def _end_task(s: Settings, state: SparseGrowState, context: Context) -> SparseGr
             used[: len(context.classes)] &= context.classes.to(used.device).view(-1, *[1] * (used.dim() - 1))
         owned |= used
     if s.gate == "kronecker":
-        factors = add_factors(state.factors, context, s.samples)
-        state = replace(state, factors=factors, anchor=copy_parameters(context))
+        state = replace(state, factors=add_factors(state.factors, context, s.samples), anchor=copy_parameters(context))
     shares = {name: round(float(state.owned[name].values.double().mean()), 4) for name in context.weights}
     context.log("task", owned=shares, free=dict(state.free))
     return replace(state, old={}, frozen={}, guards={})
