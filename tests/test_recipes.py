@@ -22,6 +22,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
         ("sparsegrow", "sparsegrow_tables.py ablation --show", "| new units dense |"),
         ("sparsegrow", "sparsegrow_tables.py shift --show", "| PackNet, task named |"),
         ("sparsegrow", "sparsegrow_twins.py --show", "| layer expansion, SparseGrow |"),
+        ("mgas", "search_tables.py --show", "| params=25% | trials |"),
         ("baselines", "recovery_table.py --show", "| refit |"),
         ("gprune", "rank_variation.py --show", "| wifv | key-value groups, pooled |"),
         ("baselines", "equal_terms.py --show", "| llm_pruner |"),

@@ -98,6 +98,11 @@ def test_finetuning_without_images_is_refused(regrow: Run, tiny_language_model: 
     assert code == 2 and "take --time hour" in err and not Path("run").exists()
 
 
+def test_windows_longer_than_the_model_takes_are_refused(regrow: Run, tiny_language_model: Path) -> None:
+    code, _, err = regrow("evaluate", str(tiny_language_model), "--source", "news", "--seq-len", "100000")
+    assert code == 2 and "--seq-len 100000: the model takes at most" in err
+
+
 def test_what_is_stated_stays() -> None:
     chosen = choose_defaults(Settings("m", keep=0.9, round_to=8, sources=("talk",)), "text")
     assert (chosen.round_to, chosen.sources, chosen.reconstruct) == (8, ("talk",), True)

@@ -17,6 +17,7 @@ from regrow.core.sources import Batch, logits_in
 from regrow.data.text import find_bos_tokens
 from regrow.evaluation.measure import evaluating
 from regrow.evaluation.quality import finite_or_none, share_error, token_losses
+from regrow.nets.loaded import longest_input
 
 LONGEST = 2048  # tokens per row, at most
 CHOICE_TOKENS = 1024  # per forward pass of choices: the logits of a 262,144-token vocabulary take 1 GB
@@ -157,10 +158,10 @@ def count_choice_tokens(model: nn.Module, tokenizer: Any, items: Sequence[Item])
     return sum(batch.args[0].numel() for _, batch in _batch_choices(model, tokenizer, items))
 
 
-def encode_choices(tokenizer: Any, items: Sequence[Item]) -> list[Row]:
+def encode_choices(tokenizer: Any, items: Sequence[Item], longest: int = LONGEST) -> list[Row]:
     """Return, for every choice in order, its tokens and the index at which its ending begins.
 
-    Of more than ``LONGEST`` tokens the first are cut off.
+    Of more than ``longest`` tokens the first are cut off.
     """
     bos, rows = find_bos_tokens(tokenizer), list[Row]()
     for number, item in enumerate(items):
@@ -173,7 +174,7 @@ def encode_choices(tokenizer: Any, items: Sequence[Item]) -> list[Row]:
                 alone, together = [end], [end, *together]
             # At least one token before the ending to predict it from, and one in it.
             begin = max(1, min(len(alone), len(together) - 1))
-            cut = max(0, min(len(together) - LONGEST, begin - 1))
+            cut = max(0, min(len(together) - longest, begin - 1))
             rows.append((together[cut:], begin - cut))
     return rows
 
@@ -181,7 +182,7 @@ def encode_choices(tokenizer: Any, items: Sequence[Item]) -> list[Row]:
 def _batch_choices(model: nn.Module, tokenizer: Any, items: Sequence[Item]) -> list[tuple[list[int], Batch]]:
     """Return batches of choices with their indices among those of all items; padded right, labels on endings only."""
     # Choices of similar length go together, so that little is computed for padding.
-    rows = encode_choices(tokenizer, items)
+    rows = encode_choices(tokenizer, items, min(LONGEST, longest_input(model)))
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
     result, first = [], 0
     while first < len(order):

@@ -15,6 +15,7 @@ from regrow.core.names import GENERATED
 from regrow.core.progress import Progress, silent
 from regrow.core.sources import Batch, Source, device_of
 from regrow.data.text import find_bos_tokens, find_separator_token, token_windows
+from regrow.nets.loaded import longest_input
 from regrow.tracing.meta_copy import copy_model
 
 ROWS, ROWS_ON_CPU = 128, 64  # windows that are generated at a time: a step reads all weights, whatever their number
@@ -208,8 +209,7 @@ def reply(
     conversation is empty, or fills all positions of the model.
     """
     tokens = encode_chat(tokenizer, messages).to(device_of(model))
-    config = model.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2**31
+    positions = longest_input(model)
     if not tokens.numel():
         raise ValueError("there is nothing to answer: the message is empty")
     if tokens.shape[1] >= positions:

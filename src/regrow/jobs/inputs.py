@@ -22,6 +22,7 @@ from regrow.evaluation.generation import check_generation, describe_generated, g
 from regrow.jobs.models import find_input_shape
 from regrow.jobs.recording import ActiveRun
 from regrow.nets import Loaded
+from regrow.nets.loaded import longest_input
 from regrow.store.errors import StoreError, explain_os_errors
 from regrow.store.statistics import fingerprint, parameter_sums
 from regrow.store.tensors import read_tensors, write_tensors
@@ -128,6 +129,8 @@ def _read_source(specs: SourceSpecs, loaded: Loaded, spec: str, half: Half, amou
     """Return a half of a source; ``spec``: as ``--source`` takes it; ``amount``: a number of tokens or images."""
     seed = specs.seed if half is Half.CALIBRATION else 0
     if loaded.tokenizer is not None:
+        if specs.seq_len > (most := longest_input(loaded.model)):
+            raise InputError(f"--seq-len {specs.seq_len}: the model takes at most {most} tokens; give {most} or less")
         n = count_windows(amount, specs.seq_len)
         return data.windows(data.text(spec), loaded.tokenizer, n=n, seq_len=specs.seq_len, seed=seed, half=half)
     _, channels, size, _ = _require_image_shape(loaded, spec)

@@ -151,6 +151,13 @@ def check_unchanged(files: Iterable[WeightFile]) -> None:
             file.check()
 
 
+def longest_input(model: nn.Module) -> int:
+    """Return the most tokens that a model of transformers takes, by its configuration; 2³¹ if that says nothing."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2**31
+
+
 def text_example(model: nn.Module, vocabulary: int, shape: Sequence[int] = (1, TOKENS)) -> Example:
     """Return token ids of a shape, int64, spread over ``vocabulary`` (their number), always the same; no cache."""
     # Multiples of a prime: spread over the vocabulary, and not the low ids that are special tokens.
