@@ -56,7 +56,7 @@ CASES = (
     Case(MethodKind.CONTINUAL, "gpm"),
     Case(MethodKind.CONTINUAL, "lwf"),
     Case(MethodKind.CONTINUAL, "replay", {"memory": 40}),
-    Case(MethodKind.CONTINUAL, "replay", {"memory": 40, "logit_weight": 0.5, "asymmetric_loss": True}),
+    Case(MethodKind.CONTINUAL, "replay", {"memory": 40, "logit_weight": 0.5}),
     Case(MethodKind.CONTINUAL, "packnet"),
     Case(MethodKind.CONTINUAL, "packnet", {"use_task_id": True}),
     Case(MethodKind.CONTINUAL, "wsn"),
