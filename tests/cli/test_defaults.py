@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from regrow.nets import load as load_named
 from regrow.settings.prune import RECOMMENDED, Settings, choose_defaults
 
 SMALL = ("--tokens", "512", "--eval-tokens", "256", "--seq-len", "64")
+
+
+transformers = pytest.importorskip("transformers", reason="needs regrow[llm]")
 
 
 def record(folder: str) -> dict[str, Any]:
@@ -101,6 +105,17 @@ def test_finetuning_without_images_is_refused(regrow: Run, tiny_language_model: 
 def test_windows_longer_than_the_model_takes_are_refused(regrow: Run, tiny_language_model: Path) -> None:
     code, _, err = regrow("evaluate", str(tiny_language_model), "--source", "news", "--seq-len", "100000")
     assert code == 2 and "--seq-len 100000: the model takes at most" in err
+
+
+def test_text_for_a_model_of_other_outputs_is_refused(regrow: Run, tiny_language_model: Path) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    config = transformers.BertConfig(**sizes)
+    shutil.copytree(tiny_language_model, "bert")
+    for file in (*Path("bert").glob("*.safetensors"), Path("bert/config.json")):
+        file.unlink()
+    transformers.BertForMaskedLM(config).save_pretrained("bert")
+    code, _, err = regrow("evaluate", "bert", "--source", "news", "--seq-len", "32")
+    assert code == 2 and "BertForMaskedLM does not predict the next token" in err
 
 
 def test_what_is_stated_stays() -> None:

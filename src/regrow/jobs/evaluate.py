@@ -12,6 +12,7 @@ from torch import nn
 
 from regrow import evaluation
 from regrow.core.amounts import parse_bytes
+from regrow.core.errors import InputError
 from regrow.core.objectives import Objective
 from regrow.core.process_memory import reset_peak
 from regrow.core.progress import Progress, silent
@@ -126,6 +127,10 @@ def _measure_sources(
     return tuple(rows)
 
 
+# Ends of the names of transformers' classes that take text, and have other outputs than the next token.
+NOT_CAUSAL = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+
+
 def open_named(settings: Settings, invocation: Invocation) -> EvaluateInputs:
     """Open the network, one block at a time if it exceeds ``--memory``, and the evaluation halves of its sources."""
     spec = ModelSpec(settings.model, settings.dtype, settings.device, settings.input, settings.sources)
@@ -145,6 +150,10 @@ def open_named(settings: Settings, invocation: Invocation) -> EvaluateInputs:
 def _read_tests(settings: Settings, loaded: Loaded) -> tuple[Source, ...]:
     """Return the evaluation halves of the settings' sources, text in batches of the settings' batch size."""
     specs = SourceSpecs(settings.eval_tokens, settings.seq_len, unseen=settings.sources)
+    kind = type(loaded.model).__name__
+    whole = getattr(getattr(loaded.model, "config", None), "is_encoder_decoder", False)
+    if settings.sources and loaded.tokenizer is not None and (whole or kind.endswith(NOT_CAUSAL)):
+        raise InputError(f"{kind} does not predict the next token, as --source needs; use regrow.evaluate with labels")
     tests = read_sources(specs, loaded).evaluation
     return tests if loaded.tokenizer is None else tuple(join_batches(test, settings.batch_size) for test in tests)
 
