@@ -5,9 +5,9 @@
 
 PICTURES has ``train/CLASS/…`` and ``test/CLASS/…``; FOLDER gets a run per row, so that a row which is stopped goes on.
 2,000 images are searched and trained on, a fifth of them held out in the search; 10,000 test, once. Every network is
-trained for 15 epochs after the search from the weights that it has then; ``random`` and ``uniform`` are trained before
-they are cut, too. ``best of 3`` are three random draws of operations with a third of the epochs each, of which the best
-on the held-out images is trained on. Epochs differ so that arms take about the same seconds on one thread.
+trained for 15 epochs after the search from the weights that it has then; ``uniform`` is trained before it is cut, too.
+``best of 3`` are three random draws of operations with a third of the epochs each, of which the best on the held-out
+images is trained on. Epochs differ so that arms take about the same seconds on one thread.
 *Difference*: in points to ``operations``, paired by seed, ± standard error.
 """
 
@@ -35,14 +35,12 @@ ARMS: dict[str, tuple[str, dict[str, Any], int]] = {
     "trials": ("trials", {}, 12),
     "operations": ("trials", {"levels": "operations"}, 18),
     "filters": ("trials", {"levels": "filters"}, 18),
-    "mgas, operations": ("mgas", {"levels": "operations"}, 18),
     "mgas, two stages": ("mgas", {}, 20),
     "two stages, nothing regrown": ("mgas", {"regrow": 0.0}, 20),
     "two stages, nothing repruned": ("mgas", {"reprune": False}, 20),
     "two stages, filters regrown, too": ("mgas", {"regrow_filters": 0.2}, 20),
     "DARTS": ("darts", {}, 12),
     "uniform": ("blind", {"what": "filters"}, 24),
-    "random": ("blind", {"what": "operations"}, 24),
     "best of 3": ("blind", {"what": "operations"}, 8),
 }
 
