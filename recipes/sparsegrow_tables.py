@@ -12,17 +12,20 @@ Strengths and rates are chosen by ``grid``: four rates and three strengths of ea
 images that no table tests on; one choice serves both streams. 5,000 images per task, 5 epochs, batches of 64, SGD with
 momentum 0.9, two hidden layers of 100 units; no task is named when it is evaluated, but in ``told``. ``classes`` and
 ``told`` split 5,000 images into five tasks. ``growth`` has Laplace in networks that are too small at first. ``epochs``
-trains longer. ``gpm`` is the protocol of Saha et al. (ICLR 2021), with ``--train 60000 --test 10000``. ``conv`` has
-5,000 images in each of its five tasks, of two classes that every task calls 0 and 1, and a residual network with
-GroupNorm. ``shift`` is a natural change of domain, ten digits each: MNIST, the UCI digits of other writers at lower
-resolution (scikit-learn's, 1,347 to learn from), and MNIST over photographs, |photograph − digit| in grey, as MNIST-M
-(Ganin et al., JMLR 2016) is made. ``--train`` and ``--test`` are images per task, ``--first`` is the first seed,
-``--match`` a part of an arm's name, and ``--against`` the arm that differences of ``--show`` are to.
+trains longer. ``gpm`` is the protocol of Saha et al. (ICLR 2021), ``mammoth`` that of Buzzega et al. (NeurIPS 2020)
+with the settings of their code, both with ``--train 60000 --test 10000``; SGD has no momentum there in ``mammoth``'s
+DER++ and in an arm of ``gpm``. ``conv`` has 5,000 images in each of its five tasks, of two classes that every task
+calls 0 and 1, and a residual network with GroupNorm. ``shift`` is a natural change of domain, ten digits each: MNIST,
+the UCI digits of other writers at lower resolution (scikit-learn's, 1,347 to learn from), and MNIST over photographs,
+|photograph − digit| in grey, as MNIST-M (Ganin et al., JMLR 2016) is made. ``--train`` and ``--test`` are images per
+task, ``--first`` is the first seed, ``--match`` a part of an arm's name, and ``--against`` the arm that differences of
+``--show`` are to.
 """
 
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import count, product
 from pathlib import Path
 from statistics import fmean
@@ -65,7 +68,7 @@ class Arm:
         settings: Its settings.
         like: Another arm, whose final number of parameters the network has from the start.
         lr: Learning rate.
-        epochs: Passes over each task; ``batch``: examples a step.
+        epochs: Passes over each task; ``batch``: examples a step; ``momentum``: of SGD.
         width: Units of both hidden layers at first; 0: as usual.
         size: With ``like``: ``parameters``, its final number; ``average``: the mean over all tasks.
     """
@@ -77,6 +80,7 @@ class Arm:
     lr: float = 0.01
     epochs: int = 5
     batch: int = 64
+    momentum: float = 0.9
     width: int = 0
     size: str = "parameters"
 
@@ -85,9 +89,8 @@ class Arm:
         """What a row says of how it was made: one that was made otherwise is none of this arm's."""
         told = {"arm": self.name, "method": self.method, "settings": self.settings, "lr": self.lr}
         usual = Arm("", "")
-        return told | {
-            key: value for key in ("epochs", "batch") if (value := getattr(self, key)) != getattr(usual, key)
-        }
+        others = {key: getattr(self, key) for key in ("epochs", "batch", "momentum")}
+        return told | {key: value for key, value in others.items() if value != getattr(usual, key)}
 
 
 def arms(method: str, name: str, **lists: Any) -> tuple[Arm, ...]:
@@ -237,7 +240,12 @@ EPOCHS = tuple(
     for arm in (OWN, CONTROLS[0], LAPLACE, GATED)
 )
 LIKE_GPM: dict[str, Any] = {"epochs": 5, "batch": 10, "lr": 0.01}
-LIKE_GPMS = (Arm("GPM", "gpm", **LIKE_GPM), Arm("GPM, a tenth of the rate", "gpm", **{**LIKE_GPM, "lr": 0.001}))
+LIKE_GPMS = (Arm("GPM", "gpm", **LIKE_GPM), Arm("GPM, no momentum", "gpm", **LIKE_GPM, momentum=0.0))
+ONE_PASS: dict[str, Any] = {"epochs": 1, "batch": 128}
+LIKE_MAMMOTH = tuple(
+    Arm(f"DER++ {n}", "replay", {"memory": n, "logit_weight": a, "label_weight": b}, lr=lr, momentum=0.0, **ONE_PASS)
+    for n, a, b, lr in ((200, 1.0, 1.0, 0.1), (500, 1.0, 0.5, 0.2), (5120, 0.5, 1.0, 0.2))
+)
 GROWTH = (*growing(20, 74), *growing(40, 76))
 
 
@@ -253,6 +261,7 @@ TABLES: dict[str, tuple[tuple[str, ...], tuple[Arm, ...]]] = {
     "conv": (("domains:cifar:5",), CONVS),
     "shift": (("digits:mnist:3",), (OWN, *PEERS, *CONTROLS, *UNTUNED)),
     "gpm": (("permuted:mnist:10",), (replace(LAPLACE, **LIKE_GPM), *LIKE_GPMS)),
+    "mammoth": (("permuted:mnist:20",), (*LIKE_MAMMOTH, *(replace(arm, **ONE_PASS) for arm in (GATED, NAIVE)))),
 }
 
 
@@ -315,7 +324,9 @@ def measured(arm: Arm, tasks: list[Task], spec: str, seed: int, parameters: int)
     axes = trace(model, tasks[0].train.inputs[:2])
     learner = LEARNERS[arm.method].create(arm.method, arm.settings)
     try:
-        lengths = {"epochs": arm.epochs, "batch_size": arm.batch}
+        lengths: dict[str, Any] = {"epochs": arm.epochs, "batch_size": arm.batch}
+        if not arm.momentum:
+            lengths["build_optimizer"] = partial(torch.optim.SGD, lr=arm.lr)
         schedule = TaskSchedule(scenario=scenario, seed=seed, lr=arm.lr, **lengths)
         state = learn(model, axes, tasks, learner, schedule).state
     except ValueError as error:

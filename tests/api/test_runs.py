@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import regrow
+from regrow.api.call import Call
 from regrow.api.inputs import Inputs
 from regrow.core.errors import InputError
 from regrow.nets import Loaded, Origin
@@ -242,6 +243,17 @@ def test_two_examples_of_named_inputs_are_kept() -> None:
     data = {"input_ids": torch.arange(24).reshape(6, 4), "attention_mask": torch.ones(6, 4)}
     kept = Inputs(Loaded(net(), None, regrow.Example((), data), Origin("callable", ""))).for_saving().example.kwargs
     assert {name: value.tolist() for name, value in kept.items()} == {n: v[:2].tolist() for n, v in data.items()}
+
+
+@pytest.mark.parametrize(("edges", "rows"), [(None, 2), (torch.eye(6), 6)])  # a graph has all its nodes
+def test_a_network_is_traced_with_two_rows_of_its_data(edges: torch.Tensor | None, rows: int) -> None:
+    class Net(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x if edges is None else edges @ x)
+
+    loader = DataLoader(TensorDataset(torch.randn(6, 4), torch.arange(6) % 2), 6)
+    inputs = Call(Net(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), loader).read()
+    assert inputs.loaded.example.args[0].shape == (rows, 4)
 
 
 @pytest.mark.parametrize("out", [None, "run"])

@@ -227,9 +227,13 @@ def test_a_dict_names_the_tasks():
 
 def test_tokens_of_a_data_set_are_labelled_by_the_tokens_that_follow():
     rows = [{"input_ids": torch.arange(4) + i, "labels": torch.arange(4) + i} for i in range(6)]
-    for data in (rows, DataLoader(rows, batch_size=2)):
+    pairs = [(row["input_ids"], row["labels"]) for row in rows]
+    whole = tuple(torch.stack(part) for part in zip(*pairs, strict=True))
+    for data in (rows, DataLoader(rows, batch_size=2), DataLoader(pairs, batch_size=2), whole, [whole]):
         examples = to_examples(data, ReadOptions(shift=True)).take(torch.tensor([1]))
         assert examples.labels.tolist() == [[2, 3, 4, -100]]
+    following = whole[0], whole[0].roll(-1, 1)  # already those of the next tokens
+    assert to_examples(following, ReadOptions(shift=True)).labels.tolist() == following[1].tolist()
 
 
 def test_labels_that_a_data_set_changes_are_read_from_its_entries():

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from regrow.core.axes import AxisGraph, Example
 from regrow.core.errors import InputError
 from regrow.core.objectives import LossFunction, Objective
-from regrow.core.sources import Batch, Source, device_of, find_decoder_inputs
-from regrow.data.batch_forms import ReadOptions
+from regrow.core.sources import Batch, Source, device_of, find_decoder_inputs, move_inputs
+from regrow.data.batch_forms import ReadOptions, are_targets
 from regrow.data.batches import INPUT_KEYS
+from regrow.evaluation.measure import evaluating
 from regrow.nets import Loaded, Origin
 from regrow.tracing import TraceError, trace
 
@@ -63,18 +64,36 @@ class Inputs:
         return replace(self, loaded=replace(self.loaded, example=Example(batch.args, batch.kwargs)))
 
     def for_saving(self) -> Loaded:
-        """Return the network as it is saved: with two rows of its example, where the first dimension is the batch.
+        """Return the network as it is saved: with two rows of its example, where the first dimension is the batch."""
+        return replace(self.loaded, example=take_two(self.loaded.example))
 
-        That is known of a single tensor, and of inputs by the names that transformers uses; else the example is whole.
-        """
-        example = self.loaded.example
-        parts = [*example.args, *example.kwargs.values()]
-        known = not example.args and any(name in INPUT_KEYS for name in example.kwargs)
-        batched = all(isinstance(part, Tensor) and part.dim() > 1 for part in parts) and len({*map(len, parts)}) == 1
-        if batched and (known or (len(example.args) == 1 and not example.kwargs)):
-            named = {name: part[:2] for name, part in example.kwargs.items()}
-            example = Example(tuple(part[:2] for part in example.args), named)
-        return replace(self.loaded, example=example)
+
+def take_two(example: Example) -> Example:
+    """Return an example with its first two rows alone, where its first dimension is known to be the batch.
+
+    That is known of a single tensor, and of inputs by the names that transformers uses; else the example is whole.
+    """
+    parts = [*example.args, *example.kwargs.values()]
+    known = not example.args and any(name in INPUT_KEYS for name in example.kwargs)
+    batched = all(isinstance(part, Tensor) and part.dim() > 1 for part in parts) and len({*map(len, parts)}) == 1
+    if not batched or not (known or (len(example.args) == 1 and not example.kwargs)):
+        return example
+    named = {name: part[:2] for name, part in example.kwargs.items()}
+    return Example(tuple(part[:2] for part in example.args), named)
+
+
+def choose_example(model: nn.Module, batch: Batch) -> Example:
+    """Return a batch, without targets of detectors, as an example: its first two rows, if the network takes these."""
+    device = device_of(model)
+    named = {name: value for name, value in batch.kwargs.items() if not are_targets(value)}
+    whole = Example(move_inputs(batch.args, device), move_inputs(dict(named), device))
+    short = take_two(whole)
+    with evaluating(model), torch.no_grad():
+        try:
+            model(*short.args, **short.kwargs)
+        except Exception:  # of a network for one size of batch, such as one with the edges of a graph
+            return whole
+    return short
 
 
 def choose_reading(model: nn.Module, tokenizer: Any, batch_size: int, size: int = 224) -> ReadOptions:

@@ -69,7 +69,7 @@ def prune(
         target: The largest allowed size: ``"params=100M"`` (all parameters), ``"macs=2G"``, ``"bytes=200M"``,
             ``"kv_cache=50M@4096"``, ``"ms=120"`` (the example's pass on this device), or a share, ``"params=70%"``.
         smaller: The share of all parameters that is removed: ``"30%"`` or 0.3 is the target ``"params=70%"``.
-        example: The input with which the network is traced: a tensor, a tuple or a dict; ``None``: the first batch.
+        example: The input with which the network is traced: a tensor, tuple or dict; ``None``: two rows of the data.
         loss: A function (what the network returned, labels) → scalar, or ``"next-token"``, …; ``None``: by the labels.
         tokenizer: The tokenizer, for text; ``None``: ``model.tokenizer``.
         batch_size: Examples per batch, where the data do not come in batches.

@@ -61,7 +61,7 @@ def recover(
             (an eighth; the setting ``held_out``).
         validation: With ``out``: labelled data on which all three networks are measured; ``None``: none is.
         by: One of ``regrow.methods.RECOVERIES``: ``refit``, ``lora``, ``distil``.
-        example: The input with which the dense network is traced; ``None``: the first batch.
+        example: The input with which the dense network is traced; ``None``: two rows of the first batch.
         loss: The loss of methods that train, as for :func:`regrow.prune`.
         tokenizer: The tokenizer, for text; ``None``: ``dense.tokenizer``.
         batch_size: Examples per batch, where the data do not come in batches.

@@ -26,7 +26,7 @@ class ReadOptions:
     seq_len: int = 512  # tokens per window of text
     size: int = 224  # height and width of images that are read from files
     # Labels in the shape of ``input_ids`` are those of the tokens themselves, as transformers takes them: they are
-    # shifted by one, and made of ``input_ids`` if missing.
+    # shifted by one, and made of ``input_ids`` if missing. Those of a tuple are shifted if they repeat its tokens.
     shift: bool = False
     # Labels → ``decoder_input_ids`` of batches without them, for encoder-decoder models of transformers.
     decoder_inputs: Callable[[Tensor], Tensor] | None = None
@@ -67,12 +67,26 @@ def to_batch(item: Any, where: str = "the batch", reading: ReadOptions = DEFAULT
             if len(inputs) == 1 and isinstance(inputs[0], Mapping):
                 return Batch((), {str(key): value for key, value in inputs[0].items()}, last)
             single = len(inputs) == 1 and isinstance(inputs[0], tuple | list)
-            return Batch(tuple(inputs[0] if single else inputs), {}, last)
+            return Batch(tuple(inputs[0] if single else inputs), {}, to_next_tokens(inputs[0], last, reading))
     got = f"a {type(item).__name__}"
     if isinstance(item, tuple | list):
         got += f" of {', '.join(type(part).__name__ for part in item[:3]) or 'nothing'}"
     problem = f"a batch must be a tensor, (inputs, labels), or a dict of tensors, got {got}"
     raise SourceError(f"{where}: {problem}; give a collate_fn that returns one of these")
+
+
+def to_next_tokens(inputs: Any, labels: Any, reading: ReadOptions) -> Any:
+    """Return labels; those that repeat the tokens of causal models, ``[sequences, tokens]``, are shifted by one."""
+    if not reading.shift or not isinstance(inputs, Tensor) or not isinstance(labels, Tensor):
+        return labels
+    if labels.shape != inputs.shape or labels.dim() != 2 or inputs.is_floating_point():
+        return labels
+    return _shift(labels) if bool(((labels == inputs) | (labels == IGNORED)).all()) else labels
+
+
+def _shift(labels: Tensor) -> Tensor:
+    """Return labels, ``[sequences, tokens]``, one position earlier; the last one is ignored."""
+    return torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORED)], dim=1)
 
 
 def is_example(item: Any) -> bool:
@@ -255,7 +269,7 @@ def _mapping_batch(item: dict[str, Any], where: str, reading: ReadOptions) -> Ba
             labels = ids.masked_fill(mask == 0, IGNORED)
     labels = check_labels(labels, where, len(ids))
     if labels.shape == ids.shape:  # one label per sequence is no next token
-        labels = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORED)], dim=1)
+        labels = _shift(labels)
     return Batch((), item, labels)
 
 

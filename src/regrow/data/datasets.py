@@ -77,7 +77,8 @@ class StreamedExamples:
             return batch_to_examples(
                 batch_forms.to_batch((self.collate or default_collate)(entries), reading=self.reading)
             )
-        return Examples(_stack_inputs([entry[0] for entry in entries]), _stack_labels([entry[1] for entry in entries]))
+        inputs, labels = _stack_inputs([entry[0] for entry in entries]), _stack_labels([entry[1] for entry in entries])
+        return Examples(inputs, batch_forms.to_next_tokens(inputs, labels, self.reading))
 
     def _check(self, examples: Examples, where: str) -> Examples:
         """Return examples as networks and losses take them, or raise SourceError; ``where`` names them in messages."""
@@ -122,7 +123,8 @@ def to_examples(data: Any, reading: ReadOptions = DEFAULTS, name: str = "data") 
     if isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
         where = f"source {name!r}"
         size = batch_forms.count_examples([data[0]], where)
-        return _make_examples(check_input(data[0], where, reading.dtype), check_labels(data[1], where, size), where)
+        labels = check_labels(batch_forms.to_next_tokens(*data, reading), where, size)
+        return _make_examples(check_input(data[0], where, reading.dtype), labels, where)
     if isinstance(data, DataLoader) and _takes_each_once(data):
         collate = None if data.collate_fn is default_collate else data.collate_fn
         return StreamedExamples(data.dataset, None, data.num_workers, collate, name, reading)
