@@ -252,7 +252,7 @@ def test_a_network_is_traced_with_two_rows_of_its_data(edges: torch.Tensor | Non
             return super().forward(x if edges is None else edges @ x)
 
     loader = DataLoader(TensorDataset(torch.randn(6, 4), torch.arange(6) % 2), 6)
-    inputs = Call(Net(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), loader).read()
+    inputs = Call(Net(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), loader).read().with_two_rows()
     assert inputs.loaded.example.args[0].shape == (rows, 4)
 
 

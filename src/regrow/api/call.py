@@ -16,7 +16,6 @@ from regrow.api.inputs import (
     LossLike,
     ModelLike,
     Precision,
-    choose_example,
     choose_reading,
     explain_no_network,
     find_side,
@@ -35,7 +34,7 @@ from regrow.core.sources import (
     preserve_random_state,
     seed_generators,
 )
-from regrow.data.batch_forms import ReadOptions
+from regrow.data.batch_forms import ReadOptions, are_targets
 from regrow.data.batches import to_sources
 from regrow.jobs.models import ModelSpec, attach_origin, load_model
 from regrow.jobs.recording import UNRECORDED, ActiveRun, FolderRecorder
@@ -73,9 +72,9 @@ class Call:
     def read(self, progress: Progress = silent) -> Inputs:
         """Load the network if it is named, move it to the device, read the data, and choose example and objective.
 
-        The example is that of ``axes``, else the one given, that of the loaded network, or two rows of the data. A
-        network that was given is itself moved. Raises InputError for what is no network, for data with a network
-        without weights, for a precision that does not fit it, or without any input to run it with.
+        The example is that of ``axes``, else the one given, that of the loaded network, or the first batch. A network
+        that was given is itself moved. Raises InputError for what is no network, for data with a network without
+        weights, for a precision that does not fit it, or without any input to run it with.
         """
         device = None if self.device is None else choose_device(self.device)
         model, tokenizer = self.model, self.tokenizer
@@ -107,7 +106,8 @@ class Call:
                     "example=torch.ones(1, 3, 224, 224), or data"
                 )
             first = sources[0].batches[0]
-            known_example, where = choose_example(model, first), first.where
+            named = {name: value for name, value in first.kwargs.items() if not are_targets(value)}
+            known_example, where = Example(first.args, named), first.where
         if (device := device_of(model)).type != "meta":
             known_example = Example(
                 move_inputs(known_example.args, device), move_inputs(dict(known_example.kwargs), device)

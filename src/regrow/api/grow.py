@@ -104,7 +104,7 @@ def grow(
 
 def _open_inputs(call: Call, steps: int, run: ActiveRun) -> GrowInputs:
     """Load the network if it is named, trace it unless its axes are given, and read the data."""
-    inputs = call.read(run.progress)
+    inputs = call.read(run.progress).with_two_rows()
     return GrowInputs(
         inputs.for_saving(),
         inputs.trace() if call.axes is None else call.axes,

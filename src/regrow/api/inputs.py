@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from regrow.core.axes import AxisGraph, Example
 from regrow.core.errors import InputError
 from regrow.core.objectives import LossFunction, Objective
-from regrow.core.sources import Batch, Source, device_of, find_decoder_inputs, move_inputs
-from regrow.data.batch_forms import ReadOptions, are_targets
+from regrow.core.sources import Batch, Source, device_of, find_decoder_inputs
+from regrow.data.batch_forms import ReadOptions
 from regrow.data.batches import INPUT_KEYS
 from regrow.evaluation.measure import evaluating
 from regrow.nets import Loaded, Origin
@@ -63,6 +63,17 @@ class Inputs:
         batch = batch.to(device_of(self.model))
         return replace(self, loaded=replace(self.loaded, example=Example(batch.args, batch.kwargs)))
 
+    def with_two_rows(self) -> "Inputs":
+        """Return a copy whose example, if it is a batch of the data, has two rows alone, if the network takes these."""
+        example = take_two(self.loaded.example) if self.where else self.loaded.example
+        with evaluating(self.model), torch.no_grad():
+            try:
+                if example is not self.loaded.example:
+                    self.model(*example.args, **example.kwargs)
+            except Exception:  # of a network for one size of batch, such as one with the edges of a graph
+                return self
+        return replace(self, loaded=replace(self.loaded, example=example))
+
     def for_saving(self) -> Loaded:
         """Return the network as it is saved: with two rows of its example, where the first dimension is the batch."""
         return replace(self.loaded, example=take_two(self.loaded.example))
@@ -80,20 +91,6 @@ def take_two(example: Example) -> Example:
         return example
     named = {name: part[:2] for name, part in example.kwargs.items()}
     return Example(tuple(part[:2] for part in example.args), named)
-
-
-def choose_example(model: nn.Module, batch: Batch) -> Example:
-    """Return a batch, without targets of detectors, as an example: its first two rows, if the network takes these."""
-    device = device_of(model)
-    named = {name: value for name, value in batch.kwargs.items() if not are_targets(value)}
-    whole = Example(move_inputs(batch.args, device), move_inputs(dict(named), device))
-    short = take_two(whole)
-    with evaluating(model), torch.no_grad():
-        try:
-            model(*short.args, **short.kwargs)
-        except Exception:  # of a network for one size of batch, such as one with the edges of a graph
-            return whole
-    return short
 
 
 def choose_reading(model: nn.Module, tokenizer: Any, batch_size: int, size: int = 224) -> ReadOptions:

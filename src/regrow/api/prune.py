@@ -159,7 +159,7 @@ def _leave_out(source: Source, held_out: Sequence[Batch]) -> Source:
 
 def _open_inputs(call: Call, config: Settings, run: ActiveRun) -> PruneInputs:
     """Load the network if it is named, trace it unless its axes are given, read the data, and choose what is open."""
-    inputs = call.read(run.progress)
+    inputs = call.read(run.progress).with_two_rows()
     reconstruct = config.reconstruct
     parameters = sum(map(Tensor.numel, inputs.loaded.model.parameters()))
     config = replace(choose_defaults(config, _find_kind(inputs), parameters), sources=())

@@ -112,7 +112,7 @@ def _open_inputs(call: Call, model: nn.Module, plan: Plan, run: ActiveRun) -> Re
 
     ``call``: the arguments, whose network is the dense one; ``plan``: that of the cut.
     """
-    inputs = call.read(run.progress)
+    inputs = call.read(run.progress).with_two_rows()
     if not inputs.sources:
         raise InputError("recovery learns from data; give data, for example a DataLoader")
     dense = inputs.model
