@@ -18,7 +18,6 @@ from regrow.api.inputs import (
     Precision,
     choose_reading,
     explain_no_network,
-    find_side,
     require_weights,
 )
 from regrow.core.axes import AxisGraph, Example
@@ -40,7 +39,7 @@ from regrow.jobs.models import ModelSpec, attach_origin, load_model
 from regrow.jobs.recording import UNRECORDED, ActiveRun, FolderRecorder
 from regrow.nets import Loaded
 from regrow.nets.devices import check_precision, choose_device
-from regrow.nets.loaded import WeightFile, guess_example
+from regrow.nets.loaded import WeightFile
 from regrow.reports import write_run_page
 from regrow.store.building import describe_origin
 from regrow.store.statistics import fingerprint
@@ -94,9 +93,7 @@ class Call:
         tokenizer = tokenizer or getattr(model, "tokenizer", None)
         example = self.example if self.axes is None else self.axes.example
         known_example = known_example if example is None else to_example(example, model)
-        guess = known_example or guess_example(model)
-        side = find_side(guess.args if guess else ())
-        reading = choose_reading(model, tokenizer, self.batch_size, side)
+        reading = choose_reading(model, tokenizer, self.batch_size, known_example)
         sources, tests, objective = self._read_data(reading)
         where = ""
         if known_example is None:

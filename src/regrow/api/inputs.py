@@ -1,7 +1,6 @@
 """Read what users pass to the Python interface: a network or its name, an example input, data, and a loss."""
 
 import inspect
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +16,7 @@ from regrow.data.batch_forms import ReadOptions
 from regrow.data.batches import INPUT_KEYS
 from regrow.evaluation.measure import evaluating
 from regrow.nets import Loaded, Origin
+from regrow.nets.loaded import guess_example, run_error
 from regrow.tracing import TraceError, trace
 
 # A network, a name that :func:`regrow.nets.load` takes, or the path of a saved model or run folder.
@@ -66,11 +66,8 @@ class Inputs:
     def with_two_rows(self) -> "Inputs":
         """Return a copy whose example, if it is a batch of the data, has two rows alone, if the network takes these."""
         example = take_two(self.loaded.example) if self.where else self.loaded.example
-        with evaluating(self.model), torch.no_grad():
-            try:
-                if example is not self.loaded.example:
-                    self.model(*example.args, **example.kwargs)
-            except Exception:  # of a network for one size of batch, such as one with the edges of a graph
+        with evaluating(self.model):  # one for a single size of batch, such as one with the edges of a graph, does not
+            if example is self.loaded.example or run_error(self.model, example) is not None:
                 return self
         return replace(self, loaded=replace(self.loaded, example=example))
 
@@ -93,12 +90,15 @@ def take_two(example: Example) -> Example:
     return Example(tuple(part[:2] for part in example.args), named)
 
 
-def choose_reading(model: nn.Module, tokenizer: Any, batch_size: int, size: int = 224) -> ReadOptions:
+def choose_reading(model: nn.Module, tokenizer: Any, batch_size: int, example: Example | None = None) -> ReadOptions:
     """Return how data are read for a network: in its dtype, if it has a single one, ``batch_size`` examples at a time.
 
-    ``tokenizer``: for text, or ``None``; ``size``: height and width of images from files, in pixels. Images are
-    normalised unless the network's ``origin`` denies it. Labels of causal language models are shifted by one token.
+    ``tokenizer``: for text, or ``None``. Images from files have the size and channels of ``example``, or of an input
+    that the network's first layer takes, and are normalised unless the network's ``origin`` denies it. Labels of
+    causal language models are shifted by one token.
     """
+    example = example if example is not None and example.args else guess_example(model)
+    image = example.args[0] if example is not None and example.args else None
     shift = any(kind.__name__.endswith(("ForCausalLM", "LMHeadModel")) for kind in type(model).__mro__)
     origin = getattr(model, "origin", None)
     normalised = not isinstance(origin, Origin) or origin.normalised_images
@@ -107,13 +107,10 @@ def choose_reading(model: nn.Module, tokenizer: Any, batch_size: int, size: int 
     decoder_inputs = find_decoder_inputs(model)
     taken = inspect.signature(model.forward).parameters.values()
     caches = any(one.name == "use_cache" or one.kind is one.VAR_KEYWORD for one in taken)
-    reading = ReadOptions(batch_size, tokenizer, size=size, shift=shift, normalised=normalised, dtype=dtype)
+    reading = ReadOptions(batch_size, tokenizer, shift=shift, normalised=normalised, dtype=dtype)
+    if isinstance(image, Tensor) and image.dim() == 4:
+        reading = replace(reading, size=image.shape[-1], channels=1 if image.shape[1] == 1 else 3)
     return replace(reading, decoder_inputs=decoder_inputs, caches=caches)
-
-
-def find_side(inputs: Sequence[object]) -> int:
-    """Return the last size of the first tensor among ``inputs``, the width of images in pixels; 224 without tensor."""
-    return next((value.shape[-1] for value in inputs if isinstance(value, Tensor)), 224)
 
 
 def require_weights(model: nn.Module) -> None:

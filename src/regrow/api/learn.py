@@ -18,7 +18,6 @@ from regrow.api.inputs import (
     ModelLike,
     Precision,
     choose_reading,
-    find_side,
     require_weights,
 )
 from regrow.core.axes import AxisGraph, Example
@@ -153,8 +152,7 @@ def learn(
     call = call.with_generators(tasks=tasks)
     net = replace(call, example=Example() if example is None else example, axes=None).read(progress)
     require_weights(net.model)
-    side = find_side(net.loaded.example.args)
-    all_tasks = to_tasks(tasks, choose_reading(net.model, net.loaded.tokenizer, batch_size, side))
+    all_tasks = to_tasks(tasks, choose_reading(net.model, net.loaded.tokenizer, batch_size, net.loaded.example))
     names = tuple(task.name for task in all_tasks)
     config = Settings(names, net.loaded.origin.name, method, dict(settings or {}), scenario, epochs, batch_size)
     config = replace(config, lr=float(lr), weight_decay=float(weight_decay), precision=precision, seed=seed)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from regrow.api.call import Call, describe_argument
-from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, Precision, choose_reading, find_side
+from regrow.api.inputs import DeviceLike, Inputs, LossLike, ModelLike, Precision, choose_reading
 from regrow.api.learn import OptimizerLike, find_objective, first_batch, with_optimizer
 from regrow.core.amounts import Target, parse_share
 from regrow.core.axes import AxisGraph, Example
@@ -156,7 +156,7 @@ def _read_task(net: Inputs, data: tuple[Any, Any, Any], batch_size: int, seed: i
     ``data``: (training, validation, test), the last two may be ``None``; without data for validation, a fifth of the
     training data, chosen by ``seed``, is held out.
     """
-    reading = choose_reading(net.model, net.loaded.tokenizer, batch_size, find_side(net.loaded.example.args))
+    reading = choose_reading(net.model, net.loaded.tokenizer, batch_size, net.loaded.example)
     train_data, validation_data, test_data = data
     train = to_examples(train_data, reading)
     validation = None if validation_data is None else to_examples(validation_data, reading)

@@ -25,6 +25,7 @@ class ReadOptions:
     tokenizer: object = None  # of transformers; without one, text is refused
     seq_len: int = 512  # tokens per window of text
     size: int = 224  # height and width of images that are read from files
+    channels: int = 3  # of these; 1: the mean of the colours
     # Labels in the shape of ``input_ids`` are those of the tokens themselves, as transformers takes them: they are
     # shifted by one, and made of ``input_ids`` if missing. Those of a tuple are shifted if they repeat its tokens.
     shift: bool = False

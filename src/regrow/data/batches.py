@@ -127,8 +127,8 @@ def _read_path(data: str | Path, name: str, reading: ReadOptions) -> Source:
     if reading.tokenizer is not None:
         return _tokenize(load_files(name, path) if path.exists() else text(str(data)), reading)
     if path.is_dir():
-        size, batch_size, normalised = reading.size, reading.batch_size, reading.normalised
-        return images(name, path, size=size, batch_size=batch_size, half=Half.WHOLE, normalised=normalised)
+        taken = {"size": reading.size, "channels": reading.channels, "batch_size": reading.batch_size}
+        return images(name, path, half=Half.WHOLE, normalised=reading.normalised, **taken)
     problem = f"{str(data)!r} is no folder of class folders"
     raise SourceError(f"source {name!r}: {problem}; for text, give tokenizer=, or set model.tokenizer")
 
@@ -152,7 +152,9 @@ def _read_columns(data: Any, name: str, reading: ReadOptions) -> Source:
     label = next((key for key in LABEL_KEYS if key in names), None)
     image = next((key for key in ("image", "img", "picture") if key in names), None)
     if image and label:
-        return to_source(ImageRows(data, image, label, reading.size, reading.normalised), name, reading)
+        return to_source(
+            ImageRows(data, image, label, reading.size, reading.channels, reading.normalised), name, reading
+        )
     if set(names) & set(INPUT_KEYS) or label:
         first = data[:1]
         columns = tuple(key for key in names if key == label or _is_numeric(first[key][0]))

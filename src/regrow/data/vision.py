@@ -180,12 +180,13 @@ def read_digits() -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class ImageRows:
-    """Rows of a data set with columns as pairs (image ``[3, size, size]``, class), read when they are asked for."""
+    """Rows of a data set with columns as pairs (image ``[C, size, size]``, class), read when they are asked for."""
 
     data: Sequence[Any]  # its rows are mappings
     image_column: str
     label_column: str
     size: int  # height and width, as by :func:`image_tensor`
+    channels: int  # 3, or 1: the mean of the colours
     normalised: bool  # as torchvision's pretrained networks expect; else 0 to 1
 
     def __len__(self) -> int:
@@ -195,6 +196,7 @@ class ImageRows:
         """Return one image and its label."""
         row = self.data[index]
         image = image_tensor(row[self.image_column], self.size, "an image", normalised=self.normalised)
+        image = image if self.channels == 3 else image.mean(0, keepdim=True)
         label = row[self.label_column]
         return image, label if isinstance(label, float) else int(label)
 

@@ -134,11 +134,11 @@ def draw_from_replay_memory(
 ) -> dict[str, Tensor]:
     """Return up to ``n`` random examples of a replay memory by name of a tensor, drawn with replacement.
 
-    No more than it holds; ``{}`` during the first task. ``stored``, ``seen`` and ``size``: as in
+    No more than it holds; ``{}`` for none. ``stored``, ``seen`` and ``size``: as in
     :func:`add_to_replay_memory`; ``recalled``: the number of earlier draws.
     """
     filled = min(seen, size)
-    if not filled or not context.number:
+    if not min(n, filled):
         return {}
     indices = torch.randint(filled, (min(n, filled),), generator=context.generator(Stream.REPLAY_DRAW, recalled + 1))
     return {name: memory.values[indices.to(memory.values.device)] for name, memory in stored.items()}

@@ -80,6 +80,13 @@ def test_answers_of_a_network_that_has_learned_are_held() -> None:
         assert learner.seen == times * 32 * (200 // 32) + times * (200 % 32)
 
 
+def test_replay_begins_in_the_first_task() -> None:
+    """As in the authors' code: ER-ACE begins in the second."""
+    for given, steps in (({}, 6), ({"logit_weight": 0.5}, 6), ({"asymmetric_loss": True}, 0)):
+        _, learner, _ = learned("replay", {"memory": 50} | given, TWO[:1], scenario="class", epochs=1)
+        assert learner.recalled == steps
+
+
 def test_lwf_asks_the_network_as_it_was() -> None:
     """Its old running statistics included, which the question does not move; the task may be told."""
     tasks = split_by_classes(load_digits(), 5)[:2]

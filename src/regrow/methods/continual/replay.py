@@ -3,9 +3,10 @@
 Chaudhry et al., On tiny episodic memories (arXiv 1902.10486); with ``logit_weight`` above 0 DER++, Buzzega et al.,
 NeurIPS 2020 (arXiv 2004.07211), which also stores the logits at that time:  loss + α |z − z_then|² + β CE; with
 ``asymmetric_loss`` ER-ACE, Caccia et al., ICLR 2022 (arXiv 2104.05025), where the logits of old classes are lowered by
-the memory's loss alone. The memory is filled by reservoir sampling, so each example is in it with equal probability: in
-the first epoch of a task; for DER++ in every epoch, as its authors do, so that it holds logits of a network that has
-learned.
+the memory's loss alone. ER and DER++ replay from the first task on, as their authors' code does: else DER++ remembers
+logits that still change fast. The memory is filled by reservoir sampling, so each example is in it with equal
+probability: in the first epoch of a task; for DER++ in every epoch, as its authors do, so that it holds logits of a
+network that has learned.
 """
 
 from collections.abc import Mapping
@@ -60,7 +61,8 @@ def build(settings: Settings) -> Learner[ReplayState]:
         logits = context.logits(batch.inputs)
         task_logits = mask_classes(logits, context.task_classes) if settings.asymmetric_loss else logits
         loss = class_loss(task_logits, batch.labels)
-        rows = draw_from_replay_memory(state.rows, state.seen, state.recalled, context, settings.memory, len(batch))
+        n = 0 if settings.asymmetric_loss and not context.number else len(batch)  # ER-ACE: from the second task on
+        rows = draw_from_replay_memory(state.rows, state.seen, state.recalled, context, settings.memory, n)
         if rows:
             replayed = context.replay_logits(inputs_of(rows), rows["labels"])
             loss = loss + settings.label_weight * class_loss(replayed, rows["labels"])

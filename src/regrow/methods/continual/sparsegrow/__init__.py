@@ -198,7 +198,8 @@ def _compute_loss(s: Settings, state: SparseGrowState, context: Context, step: S
     batch = step.batch
     classes = context.task_classes if s.asymmetric_loss and _replays_classes(s, context) else None
     loss = class_loss(mask_classes(context.logits(batch.inputs), classes), batch.labels)
-    rows = draw_from_replay_memory(state.rows, state.seen, state.recalled, context, s.memory, len(batch))
+    n = len(batch) if context.number else 0
+    rows = draw_from_replay_memory(state.rows, state.seen, state.recalled, context, s.memory, n)
     if rows:
         loss = loss + class_loss(context.replay_logits(inputs_of(rows), rows["labels"]), rows["labels"])
     for name in context.weights:
@@ -228,10 +229,8 @@ def _restrict_step(s: Settings, state: SparseGrowState, context: Context, step: 
         for name, (is_frozen, value) in state.frozen.items():
             parameter = context.model.get_parameter(name)
             torch.where(is_frozen, value, parameter, out=parameter)
-    if not s.memory:
-        return state
     state = replace(state, recalled=state.recalled + step.aux)
-    if context.epoch:
+    if not s.memory or context.epoch:
         return state
     rows = {**name_inputs(step.batch.inputs), "labels": step.batch.labels}
     memory = add_to_replay_memory(state.rows, state.seen, context, s.memory, rows)
