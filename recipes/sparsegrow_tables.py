@@ -123,7 +123,7 @@ GRID = (
     *grid("gpm", "GPM {energy:g}", *({"energy": e, "first_energy": f} for e, f in ENERGIES)),
     *grid("ewc", "EWC {strength:g}", *({"strength": s} for s in (10.0, 100.0, 1000.0))),
     *grid("si", "SI {strength:g}", *({"strength": s} for s in (0.1, 0.3, 1.0))),
-    *grid("replay", "DER++ {logit_weight:g}", *({"memory": 500, "logit_weight": w} for w in (0.2, 0.5, 1.0))),
+    *grid("replay", "DER++ {logit_weight:g}", *({"memory": 500, "logit_weight": w} for w in (0.2, 0.5, 1.0, 2.0))),
     *grid("sparsegrow", "SparseGrow {strength:g}, {pull:g}", *({"strength": s, "pull": q} for s, q in GATES)),
 )
 
