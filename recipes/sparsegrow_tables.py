@@ -135,7 +135,7 @@ NAIVE, JOINT = Arm("naive", "naive", lr=0.01), Arm("joint: all examples kept", "
 FROZEN, LWF = Arm("frozen after task 1", "naive", {"keep": "network"}), Arm("LwF", "lwf")
 LAPLACE = Arm("Laplace", "laplace", {"strength": 0.5, "gate": 0.0}, lr=RATE)
 EWC, SI = Arm("EWC", "ewc", {"strength": 100.0}, lr=0.02), Arm("SI", "si", {"strength": 1.0})
-DER = Arm("DER++, 500 examples kept", "replay", {"memory": 500, "logit_weight": 0.5})
+DER = Arm("DER++, 500 examples kept", "replay", {"memory": 500, "logit_weight": 2.0})
 GATED = replace(LAPLACE, name="Laplace, gate 2", settings={**LAPLACE.settings, "gate": 2.0})
 PEERS = (
     LAPLACE,
