@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from regrow.api.inputs import choose_reading
+from regrow.core.axes import Example
 from regrow.core.scores import Need
 from regrow.core.sources import Batch, Source
 from regrow.data.batch_forms import ReadOptions, to_batch
@@ -120,6 +123,9 @@ def test_a_folder_of_classes_is_images(tmp_path):
     values = to_source(tmp_path, reading=plain).batches[0].args[0]
     assert values.min() == 0
     assert float(values.max()) == pytest.approx(40 / 255)
+    grey = choose_reading(nn.Sequential(nn.Conv2d(1, 2, 3)), None, 4, Example((torch.ones(1, 1, 16, 16),)))
+    assert to_source(tmp_path, reading=grey).batches[0].args[0].shape == (4, 1, 16, 16)
+    assert choose_reading(nn.Sequential(nn.Conv2d(1, 2, 3)), None, 4).channels == 1
 
 
 class Columns:
@@ -148,6 +154,8 @@ def test_columns_of_tokens_and_of_images():
     plain = ReadOptions(size=8, normalised=False)
     images = to_source(Columns(image=pictures, label=[1, 0]), reading=plain).batches[0].args[0]
     assert (images[:, 0, 0, 0] * 255).round().tolist() == [0, 200]
+    grey = ReadOptions(size=8, channels=1)
+    assert to_source(Columns(image=pictures, label=[1, 0]), reading=grey).batches[0].args[0].shape == (2, 1, 8, 8)
 
 
 class Words:
