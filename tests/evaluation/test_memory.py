@@ -22,7 +22,7 @@ from regrow.evaluation.memory import (
     predict_memory,
     start_peak_meter,
 )
-from regrow.nets.cells import OPERATIONS, Cells, build_prefix, supernet_config, thin_config
+from regrow.nets.cells import OPERATIONS, Cells, supernet_config, thin_config
 
 SGD = partial(torch.optim.SGD, lr=0.01, momentum=0.9)
 TOLERANCE = 0.02
@@ -193,16 +193,18 @@ def test_stages_keep_the_budget_in_the_run_itself() -> None:
     config = supernet_config((3, 16, 16), 10, width=4, cells=4, nodes=2, operations=("sep3", "sep5", "dil3"))
     batch, step = images(64), make_training_step(SGD)
 
+    def prefix(first: int, last: int) -> Prefix:
+        return Prefix(Cells({**thin_config(config, first, 0.2), "heads": sorted({last, 3})}), last)
+
     @cache
     def peak(first: int, last: int) -> int:
-        return predict_memory(partial(build_prefix, config, first, last, share=0.2), batch, step).peak
+        return predict_memory(partial(prefix, first, last), batch, step).peak
 
     budget = peak(0, 3) // 2
     plan = plan_stages(peak, 4, budget)
     begin = 0
     for end, foretold in zip(plan.ends, plan.peaks, strict=True):
-        net = Cells({**thin_config(config, begin, 0.2), "heads": sorted({end, 3})})
-        found = measure_memory(Prefix(net, end), batch, step).peak
+        found = measure_memory(prefix(begin, end), batch, step).peak
         assert found == pytest.approx(foretold, rel=TOLERANCE) and found <= budget
         begin = end + 1
     with pytest.raises(MemoryBudgetError) as refused:

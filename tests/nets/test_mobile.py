@@ -8,11 +8,11 @@ import torch
 
 from regrow import Plan, apply, trace
 from regrow.allocation.commits import cell_of, kind_of
-from regrow.core.candidates import candidate_paths
+from regrow.core.candidates import Prefix, candidate_paths
 from regrow.jobs.spaces import rebuild_network
 from regrow.nets.load import build
 from regrow.nets.loaded import ModelError, Origin
-from regrow.nets.mobile import Mobile, build_prefix, check_description, describe_result, supernet_config, thin_config
+from regrow.nets.mobile import Mobile, check_description, describe_result, supernet_config, thin_config
 from regrow.tracing.branches import find_placeholders
 from zoo import randomise
 
@@ -98,7 +98,7 @@ def test_earlier_blocks_are_thinned_evenly_and_the_prefix_runs():
     many = [len(plan["ops"]) for plan in CONFIG["blocks"][:4]], [len(plan["ops"]) for plan in small["blocks"][:4]]
     assert sum(many[1]) == 4 and all(n == 1 for n in many[1]) and sum(many[0]) == 10
     assert small["blocks"][4:] == CONFIG["blocks"][4:] and thin_config(CONFIG, 4, 1.0) == CONFIG
-    net = build_prefix(CONFIG, 4, 6, 0.4)
+    net = Prefix(Mobile({**small, "heads": [*CONFIG["heads"], 6]}), 6)
     assert net(torch.randn(2, 3, 16, 16)).shape == (2, 5) and sorted(map(int, net.net.heads)) == [3, 6, 10]
 
 

@@ -33,10 +33,12 @@ from regrow.settings.search import Settings, parse_search_target
 from regrow.tracing.branches import find_placeholders
 from regrow.training.learner import Context
 
-# Space that can be searched in stages → its network, its description, a part of it, and what its parts are.
-STAGED: Mapping[str, tuple[type[Cells | Mobile], Callable[..., Mapping[str, Any]], Callable[..., Prefix], str]] = {
-    "cells": (Cells, cells.supernet_config, cells.build_prefix, "cells"),
-    "mobile": (Mobile, mobile.supernet_config, mobile.build_prefix, "blocks"),
+Describe = Callable[..., Mapping[str, Any]]
+# Space that can be searched in stages → its network, its description, the same with fewer operations in the parts
+# before one, and what its parts are.
+STAGED: Mapping[str, tuple[type[Cells | Mobile], Describe, Describe, str]] = {
+    "cells": (Cells, cells.supernet_config, cells.thin_config, "cells"),
+    "mobile": (Mobile, mobile.supernet_config, mobile.thin_config, "blocks"),
 }
 # The predicted memory of a step with masks is that of one without, times this, and ``Search.mask_bytes`` per weight.
 MASK_FACTOR = 1.02
@@ -71,7 +73,7 @@ def build_space(
     if not match:
         return *small(space, shape, classes, seed), None
     kind = space.partition(":")[0]
-    network_class, configure, prefix, parts = STAGED[kind]
+    network_class, configure, thin, parts = STAGED[kind]
     sizes = zip(("width", parts, "nodes"), (int(size) for size in match.groups() if size), strict=False)
     configure = partial(configure, shape, classes, stride=settings.stride, **dict(sizes))
     whole, plan = configure(), None
@@ -79,7 +81,8 @@ def build_space(
     count = len(whole[parts])
     if settings.memory:
         # Where stages end is not known yet: a classifier behind every part is no less than there will be.
-        plan = _plan_stages_in_memory(settings, task, partial(prefix, configure(heads=range(count))), count)
+        build = partial(_build_prefix, network_class, partial(thin, configure(heads=range(count))))
+        plan = _plan_stages_in_memory(settings, task, build, count)
     config = configure(heads=plan.ends if plan else choose_stage_ends(count, stages or min(3, count)))
     net = _build_seeded(network_class, config, seed)
     net.recomputed = plan is not None and plan.recomputed
@@ -101,11 +104,19 @@ def _build_named(space: str, builder: Builder, task: Task, seed: int) -> nn.Modu
     return model
 
 
+def _build_prefix(
+    network_class: type[Cells | Mobile], thin: Describe, share: float, recomputes: bool, first: int, last: int
+) -> Prefix:
+    net = network_class(thin(first, share))
+    net.recomputed = recomputes
+    return Prefix(net, last)
+
+
 def _plan_stages_in_memory(settings: Settings, task: Task, build: Callable[..., Prefix], parts: int) -> MemoryStages:
     """Return the fewest stages within the memory budget, if need be with recomputation, else raise MemoryBudgetError.
 
-    ``parts``: how many cells or blocks the space has; ``build``: (index of the first one with all its candidates, of
-    the last that runs, the fraction that earlier stages keep) → the network up to there.
+    ``parts``: how many cells or blocks the space has; ``build``: (the fraction that earlier stages keep, whether
+    activations are recomputed, index of the first part with all its candidates, of the last that runs) → the network.
     """
     target = parse_search_target(settings.target)
     search = make_search(settings, target.measure, {})
@@ -114,12 +125,7 @@ def _plan_stages_in_memory(settings: Settings, task: Task, build: Callable[..., 
     batch = pack_batch(first.inputs, first.labels)
 
     def plan(*, recomputes: bool) -> MemoryStages:
-        def build_prefix(first: int, last: int) -> Prefix:
-            prefix = build(first, last, left)
-            cast(Staged, prefix.net).recomputed = recomputes
-            return prefix
-
-        peak = make_peak_predictor(search.mask_bytes, build_prefix, batch)
+        peak = make_peak_predictor(search.mask_bytes, partial(build, left, recomputes), batch)
         return replace(plan_stages(peak, parts, budget), recomputed=recomputes)
 
     try:

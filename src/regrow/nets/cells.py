@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regrow.core.candidates import Candidates, Prefix
+from regrow.core.candidates import Candidates
 from regrow.nets import staged
 from regrow.nets.loaded import ModelError
 from regrow.nets.staged import StagedNetwork, norm_widths
@@ -187,15 +187,6 @@ def thin_config(config: Mapping[str, Any], before: int, share: float) -> dict[st
         ]
         cells[i] = {**cell, "nodes": nodes}
     return {**config, "cells": cells}
-
-
-def build_prefix(config: Mapping[str, Any], first: int, last: int, share: float) -> Prefix:
-    """Build the network of the stage of a search that runs up to cell ``last`` and searches from cell ``first`` on.
-
-    Cells before ``first`` keep a fraction ``share`` of their operations; cell ``last`` is followed by a classifier.
-    """
-    heads = sorted({*config["heads"], last})
-    return Prefix(Cells(thin_config({**config, "heads": heads}, first, share)), last)
 
 
 def describe_result(net: Cells, config: Mapping[str, Any], gone: Container[str]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from regrow.core.candidates import Candidates, Prefix
+from regrow.core.candidates import Candidates
 from regrow.nets import staged
 from regrow.nets.loaded import ModelError
 from regrow.nets.staged import StagedNetwork, norm_widths
@@ -147,15 +147,6 @@ def thin_config(config: Mapping[str, Any], before: int, share: float) -> dict[st
         kept = [op for op in plan["ops"] if staged.is_spread(next(numbers), share)]
         blocks[i] = {**plan, "ops": kept or plan["ops"][:1]}
     return {**config, "blocks": blocks}
-
-
-def build_prefix(config: Mapping[str, Any], first: int, last: int, share: float) -> Prefix:
-    """Build the network of the stage of a search that runs up to block ``last`` and searches from block ``first`` on.
-
-    Blocks before ``first`` keep a fraction ``share`` of their operations; block ``last`` is followed by a classifier.
-    """
-    heads = sorted({*config["heads"], last})
-    return Prefix(Mobile(thin_config({**config, "heads": heads}, first, share)), last)
 
 
 def describe_result(net: Mobile, config: Mapping[str, Any], gone: Container[str]) -> dict[str, Any]:
