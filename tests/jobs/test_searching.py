@@ -478,7 +478,7 @@ def test_where_no_stages_fit_parts_are_computed_anew(tmp_path: Path) -> None:
     ("method", "space", "memory", "more"),
     [
         ("blind", "cells:4-2-1", 6, {}),
-        ("darts", "cells:4-3-1", 7, {}),
+        ("darts", "cells:4-3-1", 8, {}),
     ],
 )
 def test_a_method_that_runs_all_of_the_network_keeps_a_budget_in_one_stage(
