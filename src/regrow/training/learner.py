@@ -113,8 +113,10 @@ class Context:
 
     @property
     def weights(self) -> tuple[str, ...]:
-        """The names of the weights of convolutions and linear layers, without biases; tied ones once."""
-        return tuple(name for name in self.axes.counted if name not in self.axes.ties)
+        """The names of the weights of convolutions and linear layers, without biases, embeddings and what is tied."""
+        layers, shapes = {work.module for work in self.axes.work}, self.axes.shapes
+        heads = (name for name in self.head if len(shapes[name]) > 1 and name.rpartition(".")[0] in layers)
+        return tuple(name for name in dict.fromkeys((*self.axes.counted, *heads)) if name not in self.axes.ties)
 
     @property
     def head(self) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -78,6 +79,17 @@ def test_answers_of_a_network_that_has_learned_are_held() -> None:
     for given, times in (({"logit_weight": 0.5}, 5), ({}, 1)):
         _, learner, _ = learned("replay", {"memory": 50} | given, TWO[:1], epochs=5)
         assert learner.seen == times * 32 * (200 // 32) + times * (200 % 32)
+
+
+def test_an_output_layer_behind_an_embedding_is_trained_in_every_task() -> None:
+    heads, tokens = [], torch.randint(8, (64, 6), generator=torch.Generator().manual_seed(0))
+    for n in (1, 2):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Embedding(8, 4), nn.Flatten(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 3))
+        data = (tokens, tokens[:, 0] % 3)
+        found = regrow.learn(net, [(data, data)] * n, method="packnet", epochs=2, lr=0.05).model
+        heads.append(found.get_submodule("4").weight)
+    assert not torch.equal(*heads)
 
 
 def test_replay_begins_in_the_first_task() -> None:
