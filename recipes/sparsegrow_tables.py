@@ -155,6 +155,7 @@ CONTROLS = (
     replace(LAPLACE, name="Laplace, average size", like=OWN.name, size="average"),
     replace(LAPLACE, name="Laplace, final size", like=OWN.name),
     replace(GATED, name="Laplace, gate 2, boundaries detected", settings={**GATED.settings, "boundaries": "detected"}),
+    replace(GATED, name="Laplace, gate 2, every 8 steps", settings={**GATED.settings, "every": 8}),
     replace(GATED, name="Laplace, gate 2, factors × 1", settings={**GATED.settings, "limit": 1.0}),
     replace(GATED, name="Laplace, gate 2, factors × ¼", settings={**GATED.settings, "limit": 0.25}),
     replace(LAPLACE, name="Laplace, grown", settings={**LAPLACE.settings, "grow": "start"}),
