@@ -42,6 +42,7 @@ class Search(ABC):
     """A search method with settings (a dataclass) and a space; subclasses override the hooks of :class:`Learner`."""
 
     needs_epochs = True  # whether the search has to be trained
+    learns_masks = True  # whether importances and thresholds are trained; else masks only say what is there
     stage_share = 1.0  # the fraction of its operations that a part of the network is expected to have after its stage
     mask_bytes = 16  # bytes per weight that a step with masks needs beyond one without
     trains_thresholds = False  # whether masks pass gradients to thresholds
@@ -108,11 +109,12 @@ class Search(ABC):
 
         ops, filters, weights = (values(thresholds, self.trains_thresholds) for thresholds in state.thresholds)
         kappa = [values(state.kappa[key]) for key in layout.levels.axes]
-        return layout.masks(
+        masks = layout.masks(
             (values(state.alpha), ops) if "operations" in searched else None,
             (torch.cat(kappa), filters) if "filters" in searched and kappa else None,
             None if flat is None or "weights" not in searched else (flat, state.zero_mask, weights),
         )
+        return masks if self.learns_masks else replace(masks, op_scale=masks.ops, filter_scale=masks.filters)
 
     def learning_rates(self, context: Context) -> tuple[float, float]:
         """Return the learning rates of importances (α, κ) and of thresholds; 0: not trained."""
@@ -120,7 +122,7 @@ class Search(ABC):
 
     def trains(self, state: SearchState, context: Context) -> bool:
         """Whether importances and thresholds are trained in the present epoch."""
-        return True
+        return self.learns_masks
 
     def allowed_size(self, state: SearchState, context: Context, target: float) -> float:
         """Return the size that the trained part may have now, at the end ``target``; commits stop removing there."""

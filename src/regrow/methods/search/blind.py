@@ -8,9 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
-from torch import Tensor
 
-from regrow.allocation.gates import GateMasks
 from regrow.allocation.levels import check_levels
 from regrow.core.amounts import Measure
 from regrow.methods.search import Commit, Search
@@ -49,22 +47,11 @@ class Settings:
 class RandomSearch(Search):
     """The search that removes operations in random order, of all axes the same fraction, or the smallest weights."""
 
-    needs_epochs = False
+    needs_epochs = learns_masks = False
 
     def __init__(self, s: Settings) -> None:
         super().__init__(s, SearchSpace(s.target, Measure(s.measure), (s.what,), s.stages[-1:]))
         self.s = s
-
-    def trains(self, state: SearchState, context: Context) -> bool:
-        """Return ``False``: importances are never trained."""
-        return False
-
-    def masks(
-        self, state: SearchState, context: Context, flat: Tensor | None = None, learning: bool = False
-    ) -> GateMasks:
-        """Return masks that keep everything that is there, without scales."""
-        masks = super().masks(state, context, flat, learning)
-        return replace(masks, op_scale=masks.ops, filter_scale=masks.filters)
 
     def boundary(self, state: SearchState, context: Context, boundary: Boundary) -> SearchState:
         """Hook ``boundary``: as of :class:`Search`; at the start α is random, which orders the operations."""

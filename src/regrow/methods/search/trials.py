@@ -79,6 +79,7 @@ class Trials(Search):
     """The search by trials: proposals of equal savings, short training of each, and a decision by held-out loss."""
 
     restores = True
+    learns_masks = False
 
     def __init__(self, s: Settings) -> None:
         super().__init__(s, SearchSpace(s.target, Measure(s.measure), s.levels, s.stages[-1:]))
@@ -92,17 +93,6 @@ class Trials(Search):
                 f"{epochs} epochs leave none after the first {self.s.warm:.0%}, which train weights alone, so nothing "
                 "could be cut; use more --epochs, or a smaller --set warm"
             )
-
-    def trains(self, state: SearchState, context: Context) -> bool:
-        """Return ``False``: importances and thresholds are not trained."""
-        return False
-
-    def masks(
-        self, state: SearchState, context: Context, flat: Tensor | None = None, learning: bool = False
-    ) -> GateMasks:
-        """Return masks that keep everything that is there, without scales."""
-        masks = super().masks(state, context, flat, learning)
-        return replace(masks, op_scale=masks.ops, filter_scale=masks.filters)
 
     def allowed_size(self, state: SearchState, context: Context, target: float) -> float:
         """Return 0: what a proposal masks is removed, whatever the size."""
