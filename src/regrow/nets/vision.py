@@ -28,15 +28,6 @@ _FETCHING = frozenset({"weights", "weights_backbone", "pretrained", "pretrained_
 _SLOW_START = frozenset({"googlenet", "inception_v3"})
 
 
-def known_names() -> list[str]:
-    """Return the names of torchvision's networks, without quantised ones; empty if it is not installed."""
-    try:
-        from torchvision.models import list_models
-    except ImportError:
-        return []
-    return [name for name in list_models() if not name.startswith("quantized_")]
-
-
 def load_torchvision(name: str, weights: Path | None = None, pixels: int = 0) -> Loaded:
     """Load a torchvision network with weights from a safetensors file, or with fixed random weights.
 
@@ -83,10 +74,10 @@ def build_torchvision(origin: Origin) -> nn.Module:
 def _build(name: str, arguments: Mapping[str, object]) -> nn.Module:
     """Build a torchvision network with random weights, always the same; the global random state is unchanged."""
     try:
-        from torchvision.models import get_model
+        from torchvision.models import get_model, list_models
     except ImportError:
         raise missing_package("vision", "torchvision") from None
-    if name not in known_names():
+    if name.startswith("quantized_") or name not in list_models():
         raise ModelError(f"torchvision has no model {name!r}; torchvision.models.list_models() lists them")
     try:
         with torch.random.fork_rng(devices=[]):
