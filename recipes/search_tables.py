@@ -32,6 +32,7 @@ OUT = Path(__file__).parent / "results" / "search.jsonl"
 # Arm → method, its settings, epochs of search.
 ARMS: dict[str, tuple[str, dict[str, Any], int]] = {
     "mgas": ("mgas", {}, 16),
+    "mgas, operations alone": ("mgas", {"levels": "operations"}, 16),
     "trials": ("trials", {}, 12),
     "operations": ("trials", {"levels": "operations"}, 18),
     "filters": ("trials", {"levels": "filters"}, 18),
