@@ -65,7 +65,7 @@ class Inputs:
 
     def with_two_rows(self) -> "Inputs":
         """Return a copy whose example, if it is a batch of the data, has two rows alone, if the network takes these."""
-        example = take_two(self.loaded.example) if self.where else self.loaded.example
+        example = take_two_rows(self.loaded.example) if self.where else self.loaded.example
         with evaluating(self.model):  # one for a single size of batch, such as one with the edges of a graph, does not
             if example is self.loaded.example or run_error(self.model, example) is not None:
                 return self
@@ -73,10 +73,10 @@ class Inputs:
 
     def for_saving(self) -> Loaded:
         """Return the network as it is saved: with two rows of its example, where the first dimension is the batch."""
-        return replace(self.loaded, example=take_two(self.loaded.example))
+        return replace(self.loaded, example=take_two_rows(self.loaded.example))
 
 
-def take_two(example: Example) -> Example:
+def take_two_rows(example: Example) -> Example:
     """Return an example with its first two rows alone, where its first dimension is known to be the batch.
 
     That is known of a single tensor, and of inputs by the names that transformers uses; else the example is whole.

@@ -114,9 +114,10 @@ class Context:
     @property
     def weights(self) -> tuple[str, ...]:
         """The names of the weights of convolutions and linear layers, without biases, embeddings and what is tied."""
-        layers, shapes = {work.module for work in self.axes.work}, self.axes.shapes
-        heads = (name for name in self.head if len(shapes[name]) > 1 and name.rpartition(".")[0] in layers)
-        return tuple(name for name in dict.fromkeys((*self.axes.counted, *heads)) if name not in self.axes.ties)
+        shapes, ties = self.axes.shapes, self.axes.ties
+        layers = (f"{work.module}.weight" for work in self.axes.work)
+        heads = (name for name in layers if len(shapes.get(name, ())) > 1 and name not in ties.values())
+        return tuple(name for name in dict.fromkeys((*self.axes.counted, *heads)) if name not in ties)
 
     @property
     def head(self) -> tuple[str, ...]:
