@@ -33,7 +33,7 @@ import corpora
 import torch
 from harness import Row, add, arguments, rows, table
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
 
 from regrow import Plan, apply, trace
 from regrow.core.axes import AxisGraph
@@ -78,6 +78,7 @@ class Run:
     train: list[Tensor] = field(default_factory=list)  # its batches, ``[BATCH, SEQ_LEN]`` each
     seen: list[Tensor] = field(default_factory=list)  # batches of earlier domains
     trained: dict[str, Tensor | None] = field(default_factory=dict)  # name → which entries are trained; `None`: all
+    hooks: list[RemovableHandle] = field(default_factory=list)  # of changes of low rank
     moments: Factors = field(default_factory=dict)  # ``LAYER inputs``: Σ x xᵀ of earlier domains
     factors: Factors = field(default_factory=dict)
     guards: Guards = field(default_factory=dict)
@@ -145,15 +146,15 @@ def project(run: Run, name: str, directions: Tensor) -> Tensor:
 
 
 class LowRank(nn.Module):
-    """W + B A, with B = 0 at first."""
+    """A change of a linear layer's output by B A x, with B = 0 at first."""
 
     def __init__(self, inputs: Tensor, outputs: int) -> None:
         super().__init__()
         self.inputs, self.outputs = nn.Parameter(inputs), nn.Parameter(torch.zeros(outputs, len(inputs)))
 
-    def forward(self, weight: Tensor) -> Tensor:
-        """Return the changed weight."""
-        return weight + self.outputs @ self.inputs
+    def forward(self, layer: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """Return the changed output."""
+        return output + given[0] @ self.inputs.T @ self.outputs.T
 
 
 def add_lora(run: Run, *, projected: bool = False) -> None:
@@ -163,15 +164,20 @@ def add_lora(run: Run, *, projected: bool = False) -> None:
         rank = round(RANK * (layer.in_features + layer.out_features) / layer.out_features) if projected else RANK
         inputs = torch.randn(rank, layer.in_features, generator=random)
         inputs = project(run, name, inputs) if projected else inputs / layer.in_features**0.5
-        parametrize.register_parametrization(layer, "weight", LowRank(inputs, layer.out_features))
-    kinds = ("outputs",) if projected else ("inputs", "outputs")
+        layer.low_rank = LowRank(inputs, layer.out_features)
+        run.hooks.append(layer.register_forward_hook(layer.low_rank))
+    kinds = ("low_rank.outputs",) if projected else ("low_rank.inputs", "low_rank.outputs")
     run.trained = dict.fromkeys(name for name, _ in run.model.named_parameters() if name.endswith(kinds))
 
 
+@torch.no_grad()
 def merge_lora(run: Run) -> None:
     """Add the change of every layer to its weight."""
+    while run.hooks:
+        run.hooks.pop().remove()
     for layer in run.layers.values():
-        parametrize.remove_parametrizations(layer, "weight")
+        layer.weight += layer.low_rank.outputs @ layer.low_rank.inputs
+        del layer.low_rank
 
 
 @torch.no_grad()
