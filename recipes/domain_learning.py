@@ -300,15 +300,15 @@ def _end_projected(run: Run) -> None:
 
 
 FIRST = ("gate_proj", "up_proj")  # the first layers of an MLP
-ALL, FEW = (3e-5, 1e-4, 3e-4), (3e-4, 1e-3, 3e-3)
+ALL, FEW, NEW = (3e-5, 1e-4, 3e-4), (3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2)  # new neurons read little: 3e-4 is too low
 ARMS: Mapping[str, Arm] = {
     "full": Arm(ALL, train_all),
     "replay": Arm(ALL, train_all, batch=mix_in),
     "laplace": Arm(ALL, guard, count_factors, shrink),
     "lora": Arm(FEW, add_lora, merge_lora),
     "projected_lora": Arm(FEW, lambda run: add_lora(run, projected=True), _end_projected),
-    "neurons": Arm(FEW, add_neurons),
-    "data_neurons": Arm(FEW, lambda run: add_neurons(run, by_data=True), lambda run: add_moments(run, FIRST)),
+    "neurons": Arm(NEW, add_neurons),
+    "data_neurons": Arm(NEW, lambda run: add_neurons(run, by_data=True), lambda run: add_moments(run, FIRST)),
     "blocks": Arm(ALL, add_blocks),
 }
 
