@@ -442,6 +442,7 @@ def main() -> None:
         print(*show(args), sep="\n")
         return
     loaded, texts = load("smollm2-135m"), corpora.texts(args.texts)
+    loaded.model.set_attn_implementation("eager")  # twice as fast as fused attention on short windows on a CPU
     for point in points(args):
         if not any(all(row[key] == point[key] for key in KEYS) for row in rows(args.out)):
             add(args.out, compute(args, point, texts, loaded))
