@@ -22,9 +22,9 @@ all but the last domain. ``rates`` chooses by the mean loss on both domains at t
 import copy
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -60,6 +60,7 @@ OLD = "wiki"
 BATCH, SEQ_LEN, RANK, NEURONS, BLOCKS = 4, 128, 23, 136, 2
 GUARDED, EVERY, RIDGE = 64, 4, 15.0  # windows of a domain for factors, steps between guards, strength of projections
 LIMIT = 0.25  # bytes of factors, or of moments of inputs, as a multiple of the network's
+RIVALS = ("lora", "projected_lora")  # whom the others are compared with
 KEYS = ("table", "arm", "rate", "order", "seed")
 
 
@@ -405,16 +406,39 @@ def summarise(row: Row) -> tuple[float, float, float, float]:
     return fmean(new), fmean(forgotten), final, losses[-1][OLD] - losses[0][OLD]
 
 
+def interpolate(points: list[tuple[float, ...]], forgotten: float) -> float | None:
+    """Return the loss of new domains at some forgetting, on straight lines between rates; outside of these `None`."""
+    curve = sorted((point[1], point[0]) for point in points)
+    for (before, high), (after, low) in pairwise(curve):
+        if before <= forgotten <= after:
+            return high + (low - high) * (forgotten - before) / (after - before)
+    return None
+
+
 def show(args: Namespace) -> Iterator[str]:
-    """Yield a table: mean and standard deviation over orders."""
+    """Yield a table: mean and standard deviation over orders; last, what the arm's new domains lose to LoRA's.
+
+    ``rates`` compares at equal forgetting, ``main`` order by order, at the chosen rates.
+    """
     own = [row for row in rows(args.out) if row["table"] == args.table]
+    runs: dict[tuple[str, float], list[Row]] = {}
+    for row in sorted(own, key=lambda row: ([*ARMS].index(row["arm"]), row["rate"], row["order"])):
+        runs.setdefault((row["arm"], row["rate"]), []).append(row)
     lines = []
-    for arm, rate in sorted({(row["arm"], row["rate"]) for row in own}, key=lambda one: ([*ARMS].index(one[0]), one)):
-        same = [row for row in own if (row["arm"], row["rate"]) == (arm, rate)]
-        cells = [
-            f"{fmean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
-            for values in zip(*map(summarise, same), strict=True)
-        ]
+    for (arm, rate), same in runs.items():
+        found = [*map(summarise, same)]
+        cells = [spread_of(values) for values in zip(*found, strict=True)]
+        for rival in RIVALS:
+            others = [row for row in own if row["arm"] == rival != arm]
+            if args.table == "rates":
+                level = interpolate([*map(summarise, others)], found[0][1])
+                gaps = [] if level is None else [found[0][0] - level]
+            else:
+                there = {row["order"]: summarise(row)[0] for row in others}
+                gaps = [
+                    one[0] - there[row["order"]] for one, row in zip(found, same, strict=True) if row["order"] in there
+                ]
+            cells.append(spread_of(gaps, sign="+"))
         sizes = [f"{same[-1][key] / 1e6:.1f}" for key in ("trained", "parameters")]
         sizes.append(f"{max(row['kept'] / row['parameters'] / 4 for row in same):.0%}")
         lines.append([arm, rate, len(same), *cells, *sizes, round(fmean(row["seconds"] for row in same))])
@@ -426,12 +450,16 @@ def show(args: Namespace) -> Iterator[str]:
         "forgotten",
         "all at the end",
         "Wikipedia",
-        "trained, M",
-        "size, M",
-        "kept",
-        "s",
+        *(f"to {one}" for one in RIVALS),
     ]
-    yield from table(columns, lines)
+    yield from table([*columns, "trained, M", "size, M", "kept", "s"], lines)
+
+
+def spread_of(values: Sequence[float], sign: str = "") -> str:
+    """Return mean ± standard deviation as text; of no values, a dash."""
+    if not values:
+        return "–"
+    return f"{fmean(values):{sign}.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
 def main() -> None:
