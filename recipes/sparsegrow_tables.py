@@ -126,6 +126,23 @@ GRID = (
     *grid("replay", "DER++ {logit_weight:g}", *({"memory": 500, "logit_weight": w} for w in (0.2, 0.5, 1.0, 2.0))),
     *grid("sparsegrow", "SparseGrow {strength:g}, {pull:g}", *({"strength": s, "pull": q} for s, q in GATES)),
 )
+FEW_CLASSES = (
+    *grid("naive", "naive", {}),
+    *grid("naive", "joint", {"keep": "data"}),
+    *grid("laplace", "Laplace {strength:g}", *({"strength": s, "gate": 0.0} for s in (0.5, 2.0, 8.0))),
+    *grid("laplace", "Laplace, gate 2, {strength:g}", *({"strength": s, "gate": 2.0} for s in (0.5, 2.0, 8.0))),
+    *grid("ncl", "NCL {strength:g}, {pull:g}", *({"strength": s, "pull": 0.1} for s in (1.0, 5.0, 25.0))),
+    *grid("gpm", "GPM {energy:g}", *({"energy": e, "first_energy": f} for e, f in ENERGIES)),
+    *grid("replay", "ER", {"memory": 500}),
+    *grid("replay", "DER++ {logit_weight:g}", *({"memory": 500, "logit_weight": w} for w in (0.2, 0.5, 1.0))),
+    *grid("replay", "ER-ACE", {"memory": 500, "asymmetric_loss": True}),
+    *grid("sparsegrow", "SparseGrow {strength:g}, {pull:g}", *({"strength": 2.0, "pull": q} for q in (0.5, 2.0, 8.0))),
+    *grid(
+        "sparsegrow",
+        "SparseGrow + ER-ACE 500 {strength_factor:g}",
+        *({"memory": 500, "strength_factor": f} for f in (0.01, 0.1, 1.0)),
+    ),
+)
 
 
 RATE = 0.05  # of most arms, by the grid
@@ -137,11 +154,12 @@ LAPLACE = Arm("Laplace", "laplace", {"strength": 0.5, "gate": 0.0}, lr=RATE)
 EWC, SI = Arm("EWC", "ewc", {"strength": 100.0}, lr=0.02), Arm("SI", "si", {"strength": 1.0})
 DER = Arm("DER++, 500 examples kept", "replay", {"memory": 500, "logit_weight": 2.0})
 GATED = replace(LAPLACE, name="Laplace, gate 2", settings={**LAPLACE.settings, "gate": 2.0})
+NCL, GPM = Arm("NCL", "ncl", lr=RATE), Arm("GPM", "gpm", lr=RATE)
 PEERS = (
     LAPLACE,
     GATED,
-    Arm("NCL", "ncl", lr=RATE),
-    Arm("GPM", "gpm", lr=RATE),
+    NCL,
+    GPM,
     EWC,
     SI,
     DER,
@@ -192,7 +210,7 @@ ACE = arms("replay", "ER-ACE {memory}", memory=MANY, asymmetric_loss=(True, True
 BUFFERS = (
     NAIVE,
     grow("SparseGrow"),
-    replace(LAPLACE, lr=0.01),
+    *(replace(arm, lr=0.01) for arm in (LAPLACE, GATED, NCL, GPM)),
     *arms("replay", "ER {memory}", memory=MANY),
     *arms("replay", "DER++ {memory}", memory=MANY, logit_weight=(0.5, 0.5)),
     *ACE,
@@ -252,6 +270,7 @@ GROWTH = (*growing(20, 74), *growing(40, 76))
 
 TABLES: dict[str, tuple[tuple[str, ...], tuple[Arm, ...]]] = {
     "grid": (("permuted:fashion-train:10", "rotated:fashion-train:10"), GRID),
+    "grid-classes": (("split:fashion-train:5",), FEW_CLASSES),
     "main": (("permuted:fashion:10", "rotated:fashion:10"), (OWN, *PEERS, *CONTROLS, *UNTUNED)),
     "long": (("permuted:fashion:20", "rotated:fashion:20"), (OWN, *PEERS, *CONTROLS)),
     "epochs": (("rotated:fashion:5",), EPOCHS),
@@ -382,8 +401,8 @@ def shown(args: Namespace) -> Iterator[str]:
 
 
 def shown_grid(args: Namespace) -> Iterator[str]:
-    """The grid: final average accuracy on permuted / rotated images, a column per rate; the best mean is bold."""
-    streams, arms = TABLES["grid"]
+    """A grid: final average accuracy on each of its streams, a column per rate; the best mean of each kind is bold."""
+    streams, arms = TABLES[args.table]
     found = {(row["arm"], row["stream"]): 100 * row.get("accuracy", 0.0) for row in rows(args.out)}
     whole = [arm for arm in arms if all((arm.name, spec) in found for spec in streams)]
     means = {arm.name: fmean(found[arm.name, spec] for spec in streams) for arm in whole}
@@ -402,7 +421,8 @@ def shown_grid(args: Namespace) -> Iterator[str]:
 
 def family(arm: Arm) -> str:
     """What one choice of settings and rate is made for."""
-    return "joint" if arm.settings.get("keep") else f"{arm.method} {arm.settings.get('gate', '')}"
+    kept = {key: value for key, value in arm.settings.items() if key in ("keep", "gate", "memory", "asymmetric_loss")}
+    return f"{arm.method} {kept} {'logit_weight' in arm.settings}"
 
 
 def lines(own: list[Row], arms: Iterable[Arm], against: str) -> Iterator[list[str]]:
@@ -446,7 +466,7 @@ def main() -> None:
     args = arguments(__doc__, OUT, {"table": TABLES}, **paths, **sizes, match="", against=OWN.name)
     torch.set_num_threads(1)
     if args.show:
-        print("\n".join(shown_grid(args) if args.table == "grid" else shown(args)))
+        print("\n".join(shown_grid(args) if args.table.startswith("grid") else shown(args)))
     else:
         run(args)
 

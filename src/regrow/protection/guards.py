@@ -10,6 +10,8 @@ from regrow.core.axes.axis import AxisTensor
 from regrow.protection.factors import Factors, diagonal_of, layer_parameters, layers_of, widen
 from regrow.training.learner import Context
 
+CLASS_DAMPING = 10.0  # ours; as large a part of the mean as makes all classes about equally important
+
 
 @dataclass(frozen=True)
 class Guard:
@@ -76,13 +78,17 @@ def build_guards(
     """Return the guards of all parameters with factors but ``skip``, around ``anchor``, name → earlier parameters.
 
     ``damping`` is added to the diagonal of hidden layers' B, whose mean is 1, so that unused units are not wholly free.
+    In class-incremental learning :data:`CLASS_DAMPING` is added to that of output layers: probabilities of old classes
+    stay when all their logits fall, so that B alone lets new classes take their examples.
     """
-    guards, parameters = {}, context.parameters()
+    guards, parameters, head = {}, context.parameters(), dict.fromkeys(context.head, 0.0)
+    if context.compares_tasks:
+        head = dict.fromkeys(head, CLASS_DAMPING)
     for name in (name for name in layers_of(factors) if name not in skip):
         names = layer_parameters(parameters, name)
         inputs = _join_bias(factors, name, 0 if len(names) == 1 else context.number)
         outputs = factors[f"{name} outputs"].values / context.number
-        diagonal_of(outputs).add_(0.0 if name in context.head else damping)
+        diagonal_of(outputs).add_(head.get(name, damping))
         (l_a, q_a), (l_b, q_b) = _decompose(inputs), _decompose(outputs)
         guards[name] = _place(names, l_b[:, None] * l_a, (q_a, l_a, q_b), context, anchor)
     for key in (key for key in factors if key.endswith(" diagonal")):

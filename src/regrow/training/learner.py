@@ -129,6 +129,12 @@ class Context:
         )
 
     @property
+    def compares_tasks(self) -> bool:
+        """Whether predictions choose among classes of this and of earlier tasks, as in class-incremental learning."""
+        earlier = {c for task in self.past for c in task.classes} - set(self.task.classes)
+        return self.classes is not None and bool(self.classes[list(earlier)].any())
+
+    @property
     def task_classes(self) -> Tensor | None:
         """Which classes the current task has, ``[classes]`` bool; ``None``: predictions are made among all classes."""
         if self.classes is None:
