@@ -282,6 +282,14 @@ def test_unusual_parameters_are_learned_and_frozen_ones_stay(method: str, scenar
     assert torch.equal(net.first.bias[:12], before) and net.scale.item() != 1
 
 
+@pytest.mark.parametrize("method", ["laplace", "ncl", "sparsegrow"])
+def test_new_classes_leave_examples_to_old_ones(method: str) -> None:
+    """Nothing is stored. Guards without damping of the output layer lose all, as plain training does."""
+    schedule, tasks = replace(SCHEDULE, scenario="class", epochs=5), split_by_classes(load_digits(), 2)
+    old, new = learned(method, tasks=tasks, schedule=schedule).state.rows[1]
+    assert old > 0.4 and new > 0.6
+
+
 def test_inputs_of_a_layer_used_twice_are_a_mean_over_its_calls() -> None:
     net = Unusual()
     moments = factors_of(net, torch.randn(6, 1, 8, 8))["twice.weight inputs"]
