@@ -205,21 +205,32 @@ ABLATIONS = (
     grow("rate 0.01"),
     grow("rate 0.02", lr=0.02),
 )
-BOTH, MANY, FALSE = "SparseGrow + ER-ACE 500", (200, 500), (False, False)
+# Class-incremental learning: strengths and rates by a grid of its own.
+BOTH, MANY = "SparseGrow + ER-ACE 500", (200, 500)
 ACE = arms("replay", "ER-ACE {memory}", memory=MANY, asymmetric_loss=(True, True))
-BUFFERS = (
-    NAIVE,
-    grow("SparseGrow"),
-    *(replace(arm, lr=0.01) for arm in (LAPLACE, GATED, NCL, GPM)),
+SOLO = grow("SparseGrow", lr=0.02, pull=8.0)
+REPLAYING = (
     *arms("replay", "ER {memory}", memory=MANY),
-    *arms("replay", "DER++ {memory}", memory=MANY, logit_weight=(0.5, 0.5)),
+    *arms("replay", "DER++ {memory}", memory=(*MANY, 1100), logit_weight=(0.2, 0.2, 0.2)),
     *ACE,
-    *arms("sparsegrow", "SparseGrow + ER-ACE {memory}", memory=MANY),
-    *(replace(arm, name=f"{arm.name}, final size", like="SparseGrow") for arm in ACE),
-    replace(JOINT, lr=0.01),
-    grow(f"{BOTH}, no gate", memory=500, gate="none"),
-    grow(f"{BOTH}, never grown", memory=500, grow="never"),
-    grow(f"{BOTH}, never grown, final size", "SparseGrow", memory=500, grow="never"),
+)
+BUFFERS = (
+    SOLO,
+    replace(LAPLACE, settings={"strength": 8.0, "gate": 0.0}),
+    replace(GATED, settings={"strength": 8.0, "gate": 2.0}),
+    replace(NCL, settings={"strength": 25.0}),
+    replace(GPM, lr=0.01),
+    replace(NAIVE, lr=0.02),
+    replace(JOINT, lr=0.1),
+    grow("SparseGrow, never grown", lr=0.02, pull=8.0, grow="never"),
+    grow("SparseGrow, never grown, average size", SOLO.name, lr=0.02, size="average", pull=8.0, grow="never"),
+    grow("SparseGrow, never grown, final size", SOLO.name, lr=0.02, pull=8.0, grow="never"),
+    *(replace(arm, lr=0.02) for arm in REPLAYING),
+    *(grow(f"SparseGrow + ER-ACE {memory}", lr=RATE, memory=memory) for memory in MANY),
+    grow(f"{BOTH}, no gate", lr=RATE, memory=500, gate="none"),
+    grow(f"{BOTH}, never grown", lr=RATE, memory=500, grow="never"),
+    grow(f"{BOTH}, never grown, average size", BOTH, lr=RATE, size="average", memory=500, grow="never"),
+    grow(f"{BOTH}, never grown, final size", BOTH, lr=RATE, memory=500, grow="never"),
 )
 # Before the anchor: the rows of this table are of SparseGrow as it was then.
 CONV: dict[str, Any] = {"multiple": 1, "strength": 60.0, "pull": 0.0, "directions": "projected"}
