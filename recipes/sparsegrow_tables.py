@@ -211,7 +211,7 @@ ACE = arms("replay", "ER-ACE {memory}", memory=MANY, asymmetric_loss=(True, True
 SOLO = grow("SparseGrow", lr=0.02, pull=8.0)
 REPLAYING = (
     *arms("replay", "ER {memory}", memory=MANY),
-    *arms("replay", "DER++ {memory}", memory=(*MANY, 1100), logit_weight=(0.2, 0.2, 0.2)),
+    *arms("replay", "DER++ {memory}", memory=(*MANY, 1100, 1550), logit_weight=(0.2,) * 4),
     *ACE,
 )
 BUFFERS = (
