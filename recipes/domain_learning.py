@@ -301,7 +301,7 @@ def _end_projected(run: Run) -> None:
 
 
 FIRST = ("gate_proj", "up_proj")  # the first layers of an MLP
-ALL, FEW, NEW = (3e-5, 1e-4, 3e-4), (3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2)  # new neurons read little: 3e-4 is too low
+ALL, FEW, NEW, FAST = (3e-5, 1e-4, 3e-4), (1e-4, 3e-4, 1e-3), (3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2)
 ARMS: Mapping[str, Arm] = {
     "full": Arm(ALL, train_all),
     "replay": Arm(ALL, train_all, batch=mix_in),
@@ -309,7 +309,7 @@ ARMS: Mapping[str, Arm] = {
     "lora": Arm(FEW, add_lora, merge_lora),
     "projected_lora": Arm(FEW, lambda run: add_lora(run, projected=True), _end_projected),
     "neurons": Arm(NEW, add_neurons),
-    "data_neurons": Arm(NEW, lambda run: add_neurons(run, by_data=True), lambda run: add_moments(run, FIRST)),
+    "data_neurons": Arm(FAST, lambda run: add_neurons(run, by_data=True), lambda run: add_moments(run, FIRST)),
     "blocks": Arm(ALL, add_blocks),
 }
 
@@ -407,8 +407,14 @@ def summarise(row: Row) -> tuple[float, float, float, float]:
 
 
 def interpolate(points: list[tuple[float, ...]], forgotten: float) -> float | None:
-    """Return the loss of new domains at some forgetting, on straight lines between rates; outside of these `None`."""
-    curve = sorted((point[1], point[0]) for point in points)
+    """Return the loss of new domains at some forgetting, on straight lines between rates; outside of these `None`.
+
+    Rates that forget more than another one and learn less are left out.
+    """
+    curve = list[tuple[float, float]]()
+    for point in sorted((point[1], point[0]) for point in points):
+        if not curve or point[1] < curve[-1][1]:
+            curve.append(point)
     for (before, high), (after, low) in pairwise(curve):
         if before <= forgotten <= after:
             return high + (low - high) * (forgotten - before) / (after - before)
