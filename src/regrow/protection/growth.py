@@ -13,8 +13,15 @@ from regrow.core.axes import axes_in
 from regrow.core.axes.axis import AxisTensor, size_of
 from regrow.core.plan import Fill, Plan
 from regrow.core.tasks import pack_batch
-from regrow.protection.factors import Factors, diagonal_of, layers_of, measure_surrogate, read_inputs
-from regrow.protection.guards import Guards, write_rows
+from regrow.protection.factors import (
+    Factors,
+    diagonal_of,
+    layer_parameters,
+    layers_of,
+    measure_surrogate,
+    read_inputs,
+)
+from regrow.protection.guards import input_moments, side_by_side, write_rows
 from regrow.surgery import fit_new_units
 from regrow.surgery.layout import resize_axis_tensor
 from regrow.surgery.new_units import new_units, split_entries
@@ -93,7 +100,7 @@ def weigh_new_units(factors: Factors, context: Context, *, share: float = 0.0, s
             inputs.diagonal()[unread] = share * inputs.diagonal()[~unread].mean()
 
 
-def direct_new_units(guards: Guards, context: Context, plan: Plan, directions: str, strength: float) -> None:
+def direct_new_units(factors: Factors, context: Context, plan: Plan, directions: str, strength: float) -> None:
     """Point the input weights of new units of ``plan`` to where they disturb earlier tasks little, in place.
 
     ``random``: as they are; ``projected``: away from the inputs that earlier tasks gave their layer, (1 + s A)⁻¹ w with
@@ -103,7 +110,8 @@ def direct_new_units(guards: Guards, context: Context, plan: Plan, directions: s
     if directions == "random":
         return
     incoming, outgoing = split_entries(context.model, context.axes, new_units(context.model, context.axes, plan))
-    incoming = [entries for entries in incoming if entries.name in guards and entries.dim == 0]
+    layers, own = set(layers_of(factors)), context.parameters()
+    incoming = [entries for entries in incoming if entries.name in layers and entries.dim == 0]
     generator = context.generator(Stream.CALIBRATION)
     inputs = {}
     if directions == "data":
@@ -111,19 +119,40 @@ def direct_new_units(guards: Guards, context: Context, plan: Plan, directions: s
         examples = train.take(torch.randperm(len(train), generator=generator)[:256])
         inputs = read_inputs(context.model, examples, [entries.name for entries in incoming])
     for entries in incoming:
-        guard, where = guards[entries.name], list(entries.where)
-        parameters, now = guard.read(context.model)
+        where, parameters = list(entries.where), [own[name] for name in layer_parameters(own, entries.name)]
+        moments = input_moments(factors, entries.name, context.number if len(parameters) > 1 else 0)
+        now = side_by_side(parameters)
+        now = torch.cat([now, now.new_zeros(len(now), len(moments) - now.shape[1])], 1)  # a layer without a bias
         reads = now[where] != 0
         if entries.name in inputs:
             pairs = torch.randint(len(inputs[entries.name]), (2, len(where)), generator=generator).to(now.device)
             pairs[1] += pairs[0] == pairs[1]  # no input beside itself
             first, second = (inputs[entries.name][part % len(inputs[entries.name])] for part in pairs)
             now[where] = (first - second) * reads
-        now[where] = guard.project(now[where], reads, strength)
+        now[where] = project_rows(moments, now[where], reads, strength)
         write_rows(parameters, now)
     for entries in outgoing:
         parameter = context.model.get_parameter(entries.name).detach()
         entries.set(context.model, torch.zeros_like(entries.of(parameter)))
+
+
+def project_rows(moments: Tensor, rows: Tensor, reads: Tensor, strength: float) -> Tensor:
+    """Return rows, ``[units, n + 1]``, projected away from inputs that earlier tasks used: (1 + s A)⁻¹ · row.
+
+    A row has a unit's weights and its bias; ``moments`` is A, or its diagonal. The inverse is over the inputs that the
+    unit reads, ``[units, n + 1]`` bool, and the bias; other entries are 0.
+    """
+    if moments.dim() == 1:
+        return reads * rows / (1 + strength * moments)
+    scaled, reads, result = (strength * moments).double(), reads.clone(), torch.zeros_like(rows)
+    scaled.diagonal().add_(1)
+    reads[:, -1] = True
+    patterns, which = reads.unique(dim=0, return_inverse=True)
+    for i, read in enumerate(patterns):
+        own, columns = (which == i).nonzero(), read.nonzero()[:, 0]
+        solved = torch.linalg.solve(scaled[columns][:, columns], rows[own, columns].double().T)
+        result[own, columns] = solved.T.to(rows)
+    return result
 
 
 def fit_to_task(context: Context, plan: Plan) -> None:

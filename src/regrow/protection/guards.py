@@ -51,23 +51,6 @@ class Guard:
         """Return the mean of 1 / (1 + s λ) over all directions: 1 if the layer may change freely, 0 if not at all."""
         return float((1 / (1 + strength * self.curvature)).mean())
 
-    def project(self, rows: Tensor, reads: Tensor, strength: float) -> Tensor:
-        """Return rows, ``[units, n + 1]``, projected away from inputs that earlier tasks used: (1 + s A)⁻¹ · row.
-
-        A row has a unit's weights and its bias. The inverse is over the inputs that it reads, ``[units, n + 1]`` bool,
-        and the bias; other entries are 0.
-        """
-        if self.inputs is None or self.input_curvature is None:
-            return reads * rows / (1 + strength * (0.0 if self.input_curvature is None else self.input_curvature))
-        scaled = strength * (self.inputs * self.input_curvature) @ self.inputs.T  # s A
-        result = torch.zeros_like(rows)
-        for row, read, projected in zip(rows, reads.clone(), result, strict=True):
-            read[-1] = True  # the bias
-            within = scaled[read][:, read].double()
-            within.diagonal().add_(1)
-            projected[read] = torch.linalg.solve(within, row[read].double()).to(row)
-        return result
-
 
 Guards = Mapping[str, Guard]  # by name of a weight, or of a parameter without Kronecker factors
 
@@ -86,7 +69,7 @@ def build_guards(
         head = dict.fromkeys(head, CLASS_DAMPING)
     for name in (name for name in layers_of(factors) if name not in skip):
         names = layer_parameters(parameters, name)
-        inputs = _join_bias(factors, name, 0 if len(names) == 1 else context.number)
+        inputs = input_moments(factors, name, 0 if len(names) == 1 else context.number)
         outputs = factors[f"{name} outputs"].values / context.number
         diagonal_of(outputs).add_(head.get(name, damping))
         (l_a, q_a), (l_b, q_b) = _decompose(inputs), _decompose(outputs)
@@ -99,7 +82,7 @@ def build_guards(
     return guards
 
 
-def _join_bias(factors: Factors, name: str, constant: int) -> Tensor:
+def input_moments(factors: Factors, name: str, constant: int) -> Tensor:
     """Return A of a layer with the constant input of its bias, ``[n + 1, n + 1]``; if A is a diagonal, ``[n + 1]``.
 
     ``constant``: the second moment of that input; 0: there is no bias, and no step may count it for the weights.

@@ -109,12 +109,11 @@ def build_learner(protection: Protection) -> Learner[ProtectionState]:
         return replace(state, watch=watch, rows=rows, calm=calm, seen=state.seen + len(step.batch))
 
     def widen(state: ProtectionState, context: Context, boundary: Boundary, plan: Plan) -> ProtectionState:
-        counted = replace(context, number=state.tasks)
+        counted, factors = replace(context, number=state.tasks), expand_factors(state.factors)
         if plan.origin == ORIGIN:
-            guards = guard(replace(state, anchor=copy_parameters(context)), context).guards
-            direct_new_units(guards, counted, plan, protection.growth.directions, protection.growth.strength)
+            direct_new_units(factors, counted, plan, protection.growth.directions, protection.growth.strength)
             fit_to_task(context, plan)
-        weigh_new_units(factors := expand_factors(state.factors), counted, surrogate=True)
+        weigh_new_units(factors, counted, surrogate=True)
         anchor = extend_anchor(state.anchor, context, boundary)
         state = replace(state, factors=keep(factors, context), anchor=anchor)
         return guard(replace(state, calm=extend_anchor(state.calm, context, boundary)), context)
@@ -135,6 +134,8 @@ def build_learner(protection: Protection) -> Learner[ProtectionState]:
                 return replace(state, base=context.axes.sizes())
             case Event.PLAN_APPLIED if boundary.plan and state.factors:
                 return widen(state, context, boundary, boundary.plan)
+            case Event.TASK_START if protection.growth.plan(context, state.base):
+                return state  # the widened network is guarded
             case Event.TASK_START | Event.RESUME:
                 return guard(state, context)
             case Event.EPOCH_END:

@@ -277,8 +277,7 @@ def _initialise_new_units(s: Settings, state: SparseGrowState, context: Context,
     """Make new units of ``plan`` sparse, point them off earlier inputs, and scale them, in place."""
     sparsify_new_units(context.model, context.axes, plan, s.density, context.generator(Stream.SPARSITY))
     if state.factors:
-        guards = build_guards(state.factors, context, copy_parameters(context), s.damping)
-        direct_new_units(guards, context, plan, s.directions, s.strength)
+        direct_new_units(state.factors, context, plan, s.directions, s.strength)
     if s.fit:
         with _mask_temporarily(state, context):
             fit_to_task(context, plan)
