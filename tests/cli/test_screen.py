@@ -109,6 +109,16 @@ def test_a_step_that_comes_again_has_a_time_of_its_own(
     assert "timing …, 0 s so far" in (told := capsys.readouterr().err) and "timing …, 400" not in told, told
 
 
+def test_time_left_falls_while_a_step_takes_longer_than_expected(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    task = screen._Task(done=4, is_new=False, began=0.0, moved=8.0)
+    told = []
+    for clock[0] in (8.0, 12.0, 20.0):
+        told.append(task.describe_time(4, 8))
+    assert told == [", about 8 s left", ", about 4 s left", ", 12 s since the last step"]
+
+
 def test_an_error_is_printed_although_printing_was_interrupted_before(capsys: pytest.CaptureFixture[str]) -> None:
     screen.err._enter_buffer()  # Ctrl-C came before it was left
     try:

@@ -173,7 +173,8 @@ def show_lines(what: str = "starting") -> Iterator[Progress]:
             task = tasks[key] = _Task(done)
         elif total <= 1 and task is not latest[0]:  # the same step again, later
             task.began = time.monotonic()
-        task.done = done
+        if done != task.done:
+            task.done, task.moved = done, time.monotonic()
         latest = (task, done, total, what)
 
     def print_lines() -> None:
@@ -204,12 +205,15 @@ class _Task:
     done: int = 0
     is_new: bool = True  # whether it has had no line
     began: float = field(default_factory=time.monotonic)
+    moved: float = 0.0  # when the last step was done
 
     def describe_time(self, done: int, total: int) -> str:
-        """Return the time left as text; where it is not known, the time so far, which the first line leaves out."""
+        """Return the time left as text, or where it is not known the time so far; the first line leaves that out."""
         seconds = time.monotonic() - self.began
         if self.first < done < total:
-            return f", about {seconds / (done - self.first) * (total - done):.0f} s left"
+            idle = time.monotonic() - self.moved
+            left = (seconds - idle) / (done - self.first) * (total - done) - idle
+            return f", about {left:.0f} s left" if left >= 0 else f", {idle:.0f} s since the last step"
         return "" if self.is_new else f", {seconds:.0f} s so far"
 
 
