@@ -298,7 +298,7 @@ TABLES: dict[str, tuple[tuple[str, ...], tuple[Arm, ...]]] = {
     "grid": (("permuted:fashion-train:10", "rotated:fashion-train:10"), GRID),
     "grid-classes": (("split:fashion-train:5",), FEW_CLASSES),
     "main": (("permuted:fashion:10", "rotated:fashion:10"), (OWN, *PEERS, *CONTROLS, *UNTUNED)),
-    "long": (("permuted:fashion:20", "rotated:fashion:20"), (OWN, *PEERS, *CONTROLS)),
+    "long": (("permuted:fashion:20", "rotated:fashion:20"), (OWN, *PEERS, *CONTROLS[:3], CONTROLS[-1])),
     "epochs": (("rotated:fashion:5",), EPOCHS),
     "ablation": (("permuted:fashion:10", "rotated:fashion:10"), (OWN, *ABLATIONS)),
     "growth": (("permuted:fashion:10", "rotated:fashion:10"), GROWTH),
