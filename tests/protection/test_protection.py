@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from regrow.core.axes.axis import AxisTensor
 from regrow.core.objectives import choose_objective
 from regrow.core.tasks import Examples, Task
 from regrow.data.streams import load_digits, permuted_tasks, sample_task, split_by_classes
@@ -21,6 +22,7 @@ from regrow.protection.low_rank import compress_factors, expand_factors
 from regrow.tracing import trace
 from regrow.training.continual import TaskSchedule, learn
 from regrow.training.fit import Fitted
+from regrow.training.hooks import copy_parameters
 from regrow.training.learner import Context
 
 SCHEDULE = TaskSchedule(epochs=2, batch_size=64, lr=0.05)
@@ -160,6 +162,30 @@ def test_a_proximal_step_solves_its_penalty() -> None:
     b = state.factors[f"{name} outputs"].values + 0.1 * torch.eye(len(now))
     gradient = (after - now) + 0.3 * b @ (after - guard.anchor) @ a
     torch.testing.assert_close(gradient, torch.zeros_like(gradient), atol=1e-5, rtol=0)
+
+
+def test_guards_of_large_layers_round_what_moved_but_do_not_add_that_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eigenvectors in bfloat16: after forty applications the error is still that of a single product."""
+    results, n = [], 600
+    random = torch.Generator().manual_seed(0)
+    inputs, steps = torch.randn(2000, n, generator=random), torch.randn(40, 8, n, generator=random)
+    for precision in ("float32", "bfloat16"):
+        monkeypatch.setattr("regrow.protection.guards.choose_precision", lambda model, precision=precision: precision)
+        net = nn.Sequential(nn.Linear(n, 8))
+        with torch.no_grad():
+            net[0].weight.zero_()
+        context = Context(net, trace(net, inputs[:2]), replace(TASKS[1], train=Examples(inputs, inputs)), number=1)
+        factors = {"0.weight inputs": inputs.T @ inputs / 2000, "0.weight outputs": torch.eye(8)}
+        factors |= {"0.weight bias": torch.zeros(n)}
+        factors = {key: AxisTensor(values, tuple(values.shape)) for key, values in factors.items()}
+        guards = build_guards(factors, context, copy_parameters(context), 0.0)
+        assert guards["0.weight"].inputs is not None and guards["0.weight"].inputs.dtype == getattr(torch, precision)
+        for step in steps:
+            with torch.no_grad():
+                net[0].weight.add_(step)
+            apply_guards(guards, net, gate=1.0, pull=0.01)
+        results.append(net[0].weight.detach())
+    assert 1e-4 < (results[0] - results[1]).norm() / results[0].norm() < 5e-3
 
 
 @pytest.mark.parametrize("how", [{}, {"weight_decay": 0.01}, {"optimizer": "adamw", "lr": 0.005}])

@@ -301,7 +301,7 @@ def surrogate(x: Tensor) -> Tensor:
     [2.0, 1.0, 0.4000000059604645, 0.0]
     """
     size = x.abs()
-    return (2 - 4 * size).clamp_min_(0.4).mul_(size <= 1)
+    return torch.rsub(size, 2, alpha=4).clamp_min_(0.4).mul_(size.le_(1))  # in its format: bool is slower
 
 
 def apply_threshold(weight: Tensor, threshold: Tensor, owned: Tensor) -> Tensor:
@@ -309,7 +309,7 @@ def apply_threshold(weight: Tensor, threshold: Tensor, owned: Tensor) -> Tensor:
 
     The weight's gradient is taken as if nothing were left out: a weight of exactly 0 under a strict step would never
     get one again. ``threshold`` is that of :func:`margin`; its gradient is Σ −g · w · surrogate(|w| − t) over the
-    entries that are not ``owned``; those that are (bool, in the shape of the weight) are never masked.
+    entries that are not ``owned``; those that are (bool, as the weight) count as far above, and are never masked.
 
     >>> w, t = torch.tensor([[0.5, -0.1, 0.0]], requires_grad=True), torch.tensor([0.2], requires_grad=True)
     >>> y = apply_threshold(w, t, torch.tensor([[False, False, False]]))
@@ -317,7 +317,7 @@ def apply_threshold(weight: Tensor, threshold: Tensor, owned: Tensor) -> Tensor:
     >>> y.tolist(), w.grad.tolist(), round(t.grad.item(), 3)
     ([[0.5, -0.0, 0.0]], [[1.0, 1.0, 1.0]], -0.24)
     """
-    return keep_above(weight, margin(weight.detach(), threshold).masked_fill(owned, torch.inf))
+    return keep_above(weight, margin(weight.detach(), threshold).add(owned, alpha=torch.finfo(weight.dtype).max))
 
 
 def step_mask(over_by: Tensor) -> Tensor:
@@ -341,7 +341,7 @@ class _KeepAbove(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, over_by: Tensor) -> Tensor:
         """Return values where ``over_by`` is at least 0, else 0."""
         ctx.save_for_backward(values, over_by)
-        return values * (over_by >= 0)
+        return torch.ge(over_by, 0, out=torch.empty_like(over_by)).mul(values)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:

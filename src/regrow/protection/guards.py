@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from regrow.core.axes.axis import AxisTensor
+from regrow.nets.devices import choose_precision
 from regrow.protection.factors import Factors, diagonal_of, layer_parameters, layers_of, widen
 from regrow.training.learner import Context
 
+LARGE = 512  # eigenvectors from here on are in bfloat16 where a processor multiplies in it
 CLASS_DAMPING = 10.0  # ours; as large a part of the mean as makes all classes about equally important
 
 
@@ -39,13 +41,13 @@ class Guard:
 
     def to_directions(self, change: Tensor) -> Tensor:
         """Return a change of weight and bias, ``[m, n + 1]``, in the eigenvectors: Q_Bᵀ Δ Q_A."""
-        change = change if self.outputs is None else self.outputs.T @ change
-        return change if self.inputs is None else change @ self.inputs
+        change = change if self.outputs is None else _multiply(self.outputs.T, change)
+        return change if self.inputs is None else _multiply(change, self.inputs)
 
     def to_entries(self, directions: Tensor) -> Tensor:
         """Return the change of weight and bias whose :meth:`to_directions` are given: Q_B X Q_Aᵀ."""
-        directions = directions if self.outputs is None else self.outputs @ directions
-        return directions if self.inputs is None else directions @ self.inputs.T
+        directions = directions if self.outputs is None else _multiply(self.outputs, directions)
+        return directions if self.inputs is None else _multiply(directions, self.inputs.T)
 
     def free(self, strength: float) -> float:
         """Return the mean of 1 / (1 + s λ) over all directions: 1 if the layer may change freely, 0 if not at all."""
@@ -64,6 +66,7 @@ def build_guards(
     In class-incremental learning :data:`CLASS_DAMPING` is added to that of output layers: probabilities of old classes
     stay when all their logits fall, so that B alone lets new classes take their examples.
     """
+    is_low = choose_precision(context.model) == "bfloat16"
     guards, parameters, head = {}, context.parameters(), dict.fromkeys(context.head, 0.0)
     if context.compares_tasks:
         head = dict.fromkeys(head, CLASS_DAMPING)
@@ -73,6 +76,8 @@ def build_guards(
         outputs = factors[f"{name} outputs"].values / context.number
         diagonal_of(outputs).add_(head.get(name, damping))
         (l_a, q_a), (l_b, q_b) = _decompose(inputs), _decompose(outputs)
+        # Four times as fast, and rounding does not add up: `Guard.moved` is in float32.
+        q_a, q_b = (q.bfloat16() if q is not None and is_low and len(q) >= LARGE else q for q in (q_a, q_b))
         guards[name] = _place(names, l_b[:, None] * l_a, (q_a, l_a, q_b), context, anchor)
     for key in (key for key in factors if key.endswith(" diagonal")):
         name = key.removesuffix(" diagonal")
@@ -103,6 +108,12 @@ def _decompose(factor: Tensor) -> tuple[Tensor, Tensor | None]:
         return factor, None
     values, vectors = torch.linalg.eigh(factor.double())
     return values.clamp_min(0).to(factor), vectors.to(factor)
+
+
+def _multiply(left: Tensor, right: Tensor) -> Tensor:
+    """Return a product in the lower precision of the two; the result has the higher one."""
+    low, high = sorted((left.dtype, right.dtype), key=lambda dtype: dtype.itemsize)
+    return (left.to(low) @ right.to(low)).to(high)
 
 
 def _place(

@@ -57,8 +57,9 @@ def _compress(key: str, factor: AxisTensor, rank: int) -> dict[str, AxisTensor]:
     dims, shape = factor.dims[:half], factor.values.shape[:half]
     matrix = factor.values.reshape(shape.numel(), -1)
     values, vectors = torch.linalg.eigh(matrix)
-    leading = (vectors * values.clamp_min(0).sqrt())[:, len(values) - rank :].bfloat16()
-    leading[matrix.diagonal() == 0] = 0  # without rounding errors: units that are not used
+    leading = (vectors * values.clamp_min(0).sqrt())[:, len(values) - rank :]
+    share = (matrix.diagonal() / leading.square().sum(1)).sqrt().clamp_max(1)  # below 1 by rounding, as of unused units
+    leading = (leading * share.nan_to_num(0)[:, None]).bfloat16()
     rest = (matrix.diagonal() - leading.to(matrix).square().sum(1)).clamp_min(0)
     return {
         key + LEADING: AxisTensor(leading.reshape(*shape, rank), (*dims, rank)),
