@@ -11,15 +11,15 @@ same command goes on where it was stopped.
 Strengths and rates are chosen by ``grid``: four rates and three strengths of each arm, one seed, tested on training
 images that no table tests on; one choice serves both streams. 5,000 images per task, 5 epochs, batches of 64, SGD with
 momentum 0.9, two hidden layers of 100 units; no task is named when it is evaluated, but in ``told``. ``classes`` and
-``told`` split 5,000 images into five tasks. ``growth`` has Laplace in networks that are too small at first. ``epochs``
-trains longer. ``gpm`` is the protocol of Saha et al. (ICLR 2021), ``mammoth`` that of Buzzega et al. (NeurIPS 2020)
-with the settings of their code, both with ``--train 60000 --test 10000``; SGD has no momentum there in ``mammoth``'s
-DER++ and in an arm of ``gpm``. ``conv`` has 5,000 images in each of its five tasks, of two classes that every task
-calls 0 and 1, and a residual network with GroupNorm. ``shift`` is a natural change of domain, ten digits each: MNIST,
-the UCI digits of other writers at lower resolution (scikit-learn's, 1,347 to learn from), and MNIST over photographs,
-|photograph − digit| in grey, as MNIST-M (Ganin et al., JMLR 2016) is made. ``--train`` and ``--test`` are images per
-task, ``--first`` is the first seed, ``--match`` a part of an arm's name, and ``--against`` the arm that differences of
-``--show`` are to.
+``told`` split 5,000 images into five tasks. ``growth`` and ``fifty`` (tasks) have Laplace in networks that are too
+small at first. ``epochs`` trains longer. ``gpm`` is the protocol of Saha et al. (ICLR 2021), ``mammoth`` that of
+Buzzega et al. (NeurIPS 2020) with the settings of their code, both with ``--train 60000 --test 10000``; SGD has no
+momentum there in ``mammoth``'s DER++ and in an arm of ``gpm``. ``conv`` has 5,000 images in each of its five tasks, of
+two classes that every task calls 0 and 1, and a residual network with GroupNorm. ``shift`` is a natural change of
+domain, ten digits each: MNIST, the UCI digits of other writers at lower resolution (scikit-learn's, 1,347 to learn
+from), and MNIST over photographs, |photograph − digit| in grey, as MNIST-M (Ganin et al., JMLR 2016) is made.
+``--train`` and ``--test`` are images per task, ``--first`` is the first seed, ``--match`` a part of an arm's name, and
+``--against`` the arm that differences of ``--show`` are to.
 """
 
 from argparse import Namespace
@@ -262,9 +262,9 @@ CONVS = (
 )
 
 
-def growing(start: int, final: int) -> tuple[Arm, ...]:
+def growing(start: int, final: int, tasks: int = 10) -> tuple[Arm, ...]:
     """Laplace that grows from a small network, beside fixed ones of its first, average and final size, at one rate."""
-    share = (final - start) / 9 / start
+    share = (final - start) / (tasks - 1) / start
     small = {**GATED.settings, "grow": "start", "width": share, "cap": 99.0}
     grown = Arm(f"grown from {start}", "laplace", small, lr=RATE, width=start)
     fixed = replace(grown, settings=GATED.settings, like=grown.name)
@@ -292,6 +292,7 @@ LIKE_MAMMOTH = tuple(
     for n, a, b, lr in ((200, 1.0, 1.0, 0.1), (500, 1.0, 0.5, 0.2), (5120, 0.5, 1.0, 0.2))
 )
 GROWTH = (*growing(20, 74), *growing(40, 76))
+FIFTY = tuple(arm for arm in growing(40, 138, tasks=50) if not arm.name.endswith(("at random", "late")))
 
 
 TABLES: dict[str, tuple[tuple[str, ...], tuple[Arm, ...]]] = {
@@ -302,6 +303,7 @@ TABLES: dict[str, tuple[tuple[str, ...], tuple[Arm, ...]]] = {
     "epochs": (("rotated:fashion:5",), EPOCHS),
     "ablation": (("permuted:fashion:10", "rotated:fashion:10"), (OWN, *ABLATIONS)),
     "growth": (("permuted:fashion:10", "rotated:fashion:10"), GROWTH),
+    "fifty": (("permuted:fashion:50", "rotated:fashion:50"), FIFTY),
     "classes": (("split:fashion:5",), BUFFERS),
     "told": (("told:fashion:5",), (OWN, *PEERS, *UNTUNED)),
     "grid-conv": (("domains:cifar-train:5",), CONV_GRID),
