@@ -75,9 +75,7 @@ def build_guards(
         inputs = input_moments(factors, name, 0 if len(names) == 1 else context.number)
         outputs = factors[f"{name} outputs"].values / context.number
         diagonal_of(outputs).add_(head.get(name, damping))
-        (l_a, q_a), (l_b, q_b) = _decompose(inputs), _decompose(outputs)
-        # Four times as fast, and rounding does not add up: `Guard.moved` is in float32.
-        q_a, q_b = (q.bfloat16() if q is not None and is_low and len(q) >= LARGE else q for q in (q_a, q_b))
+        (l_a, q_a), (l_b, q_b) = (_decompose(factor, is_low) for factor in (inputs, outputs))
         guards[name] = _place(names, l_b[:, None] * l_a, (q_a, l_a, q_b), context, anchor)
     for key in (key for key in factors if key.endswith(" diagonal")):
         name = key.removesuffix(" diagonal")
@@ -102,12 +100,16 @@ def input_moments(factors: Factors, name: str, constant: int) -> Tensor:
     return torch.cat([rows, torch.cat([means, means.new_tensor([constant])])[:, None]], 1)
 
 
-def _decompose(factor: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return the eigenvalues of a factor, at least 0, and its eigenvectors; ``None`` if the factor is a diagonal."""
+def _decompose(factor: Tensor, is_low: bool) -> tuple[Tensor, Tensor | None]:
+    """Return the eigenvalues of a factor, at least 0, and its eigenvectors; ``None`` if the factor is a diagonal.
+
+    ``is_low``: large eigenvectors are in bfloat16. Rounding does not add up, since :attr:`Guard.moved` is in float32.
+    """
     if factor.dim() == 1:
         return factor, None
-    values, vectors = torch.linalg.eigh(factor.double())
-    return values.clamp_min(0).to(factor), vectors.to(factor)
+    is_low = is_low and len(factor) >= LARGE
+    values, vectors = torch.linalg.eigh(factor if is_low else factor.double())
+    return values.clamp_min(0).to(factor), vectors.to(torch.bfloat16 if is_low else factor.dtype)
 
 
 def _multiply(left: Tensor, right: Tensor) -> Tensor:
