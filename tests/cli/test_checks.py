@@ -24,7 +24,7 @@ LEARN = ("learn", "digits", "--method", "naive", "--model", "mlp:4", "--out", "a
 PRUNE = ("prune", "toys:classifier", "--method", "magnitude", "--keep", "0.8", "--out", "a/run")
 SEARCH = ("search", "cells:4-1-1", "--data", "digits", "--target", "params=50%", "--out", "a/run")
 REFUSED = {
-    "learn at an infinite rate": ((*LEARN, "--lr", "inf"), "--lr must be between 0 and 1,000, got inf", 2),
+    "learn at an infinite rate": ((*LEARN, "--lr", "inf"), "--lr must be at least 0 and below 1,000, got inf", 2),
     "learn at no rate": ((*LEARN, "--lr", "nan"), "--lr must be", 2),
     "learn backwards": ((*LEARN, "--epochs", "-1"), "--epochs must be 1 to 1,000,000, got -1", 2),
     "learn with a huge net": ((*LEARN[:5], "mlp:65536-65536-65536", *LEARN[6:]), "of memory, and", 4),

@@ -21,6 +21,7 @@ from regrow.jobs.starting import (
     TaskSpecs,
     check_outputs,
     describe_tasks,
+    is_new_network,
     load_start_network,
     make_task_schedule,
     read_tasks,
@@ -264,6 +265,10 @@ def _read_earlier_tasks(begun: RunToExtend, specs: TaskSpecs, method: str, learn
 
 def learn_named(settings: Settings, invocation: Invocation) -> RunFolder:
     """Learn the tasks that settings name, as ``regrow learn`` does, and return the finished folder."""
+    if not settings.lr:
+        new = is_new_network(settings.model) and settings.optimizer == "sgd"
+        learner = build_learner(settings.method, settings.method_settings, settings.seed)
+        settings = replace(settings, lr=learner.lr if new else 0.01)
 
     def open_inputs(run: ActiveRun) -> LearnInputs:
         if run.ranks.leads and (begun := RunFolder.open_unfinished(invocation.out)):

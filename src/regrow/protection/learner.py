@@ -145,4 +145,4 @@ def build_learner(protection: Protection) -> Learner[ProtectionState]:
                 return consolidate(state, context, copy_parameters(context))
         return state
 
-    return Learner(ProtectionState(), after_step=after_step, plan=plan, boundary=boundary, classes_only=True)
+    return Learner(ProtectionState(), after_step=after_step, plan=plan, boundary=boundary, classes_only=True, lr=0.05)

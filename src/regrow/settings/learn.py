@@ -50,7 +50,10 @@ class Settings:
     epochs: Annotated[int, Setting("Passes over each task.", group=TRAINING, common=True, range=Range(1, 10**6))] = 5
     batch_size: shared.BatchSize = 64
     optimizer: Annotated[str, Setting("The optimizer.", group=TRAINING, common=True, choices=("sgd", "adamw"))] = "sgd"
-    lr: shared.LearningRate = 0.01
+    lr: Annotated[float, Setting(
+        "Learning rate; 0: 0.01, or what suits the method with SGD and a new network.",
+        group=TRAINING, common=True, range=Range(0, 1000, exclusive_maximum=True), example="0.05",
+    )] = 0.0
     weight_decay: shared.WeightDecay = 0.0
     train: shared.Train = 0
     test: shared.Test = 0

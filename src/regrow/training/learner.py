@@ -292,6 +292,7 @@ class Learner(Generic[S]):
         restores: Whether its plans restore what earlier plans removed.
         classes_only: Whether it needs probabilities of classes or tokens, so that it learns no other objective.
         uses_axes: Whether it needs the network's axes, so that the network must be traced.
+        lr: The learning rate that suits it with SGD, from random weights.
     """
 
     state: S
@@ -308,6 +309,7 @@ class Learner(Generic[S]):
     restores: bool = False
     classes_only: bool = False
     uses_axes: bool = True
+    lr: float = 0.01
 
 
 @dataclass(frozen=True)

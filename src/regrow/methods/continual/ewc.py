@@ -6,7 +6,7 @@ the network's own predictions (the true Fisher information, not the squared grad
 penalty is a proximal step after each step of the optimizer,  θ ← θ* + (θ − θ*) / (1 + η λ F),  stable at every λ.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -39,7 +39,8 @@ class Settings(CheckedSettings):
 
 def build(settings: Settings) -> Learner[ProtectionState]:
     """Return the learner that trains with elastic weight consolidation."""
-    return build_learner(Protection(lambda lr: {"pull": lr * settings.strength}, partial(_add_fisher, settings)))
+    protection = Protection(lambda lr: {"pull": lr * settings.strength}, partial(_add_fisher, settings))
+    return replace(build_learner(protection), lr=0.02)
 
 
 def _add_fisher(settings: Settings, factors: Factors, context: Context) -> dict[str, AxisTensor]:

@@ -59,7 +59,7 @@ class GpmState:
 def build(settings: Settings) -> Learner[GpmState]:
     """Return the learner that trains with gradient projection memory."""
     hooks: dict[str, Any] = {"project": _copy_parameters, "after_step": _project_steps}
-    return Learner(GpmState(), **hooks, boundary=partial(_react, settings), classes_only=True)
+    return Learner(GpmState(), **hooks, boundary=partial(_react, settings), classes_only=True, lr=0.05)
 
 
 def _copy_parameters(state: GpmState, context: Context, step: Step) -> GpmState:

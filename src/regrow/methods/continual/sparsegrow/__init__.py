@@ -137,6 +137,7 @@ def build(settings: Settings) -> Learner[SparseGrowState]:
         plan=partial(_plan_growth, settings),
         boundary=partial(_react, settings),
         classes_only=True,
+        lr=0.05 if settings.gate == "kronecker" else 0.01,
     )
 
 
