@@ -6,7 +6,7 @@
 
 100 steps of AdamW per domain on four windows of 128 tokens, from the calibration halves of news, code, manual and talk.
 None is read more than twice, so talk, which has 62 windows, has 32 steps. Each domain is tested on 16 windows of 256
-tokens of its evaluation half, and so is Wikipedia, which is never learned; ``rates`` measures on other windows of it.
+tokens of its evaluation half, and so is Wikipedia, which is never learned; ``rates`` measures on other windows.
 
 ``full`` trains all weights; ``replay`` puts one window of an earlier domain into a fifth of its steps; ``laplace``
 guards what earlier domains learned by their Kronecker factors. What arms keep of earlier domains, beside the network,

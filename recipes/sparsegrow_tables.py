@@ -234,8 +234,8 @@ BUFFERS = (
     grow(f"{BOTH}, never grown, average size", BOTH, lr=RATE, size="average", memory=500, grow="never"),
     grow(f"{BOTH}, never grown, final size", BOTH, lr=RATE, memory=500, grow="never"),
 )
-# Two classes of CIFAR-10 a task, in a network that is widened by whole groups of two: a grid of its own.
-CONV: dict[str, Any] = {"multiple": 1}
+# Before the anchor: the rows of `conv` are of SparseGrow as it was then. Its next ones are chosen by `grid-conv`.
+CONV: dict[str, Any] = {"multiple": 1, "strength": 60.0, "pull": 0.0, "directions": "projected"}
 CONV_GATES = ((0.5, 0.1), (2.0, 0.1), (2.0, 0.5), (15.0, 0.5))
 CONV_GRID = (
     *grid("naive", "naive", {}),
@@ -249,12 +249,15 @@ CONV_GRID = (
     *grid("replay", "ER", {"memory": 500}),
     *grid("replay", "DER++ {logit_weight:g}", *({"memory": 500, "logit_weight": w} for w in (0.2, 0.5, 1.0))),
     *grid(
-        "sparsegrow", "SparseGrow {strength:g}, {pull:g}", *({**CONV, "strength": s, "pull": q} for s, q in CONV_GATES)
+        "sparsegrow",
+        "SparseGrow {strength:g}, {pull:g}",
+        *({"multiple": 1, "strength": s, "pull": q} for s, q in CONV_GATES),
     ),
 )
 CONVS = (
     grow("SparseGrow", **CONV),
     NAIVE,
+    Arm("SI", "si", {"strength": 0.1}),
     LWF,
     grow("SparseGrow, never grown", **CONV, grow="never"),
     grow("SparseGrow, never grown, final size", "SparseGrow", **CONV, grow="never"),

@@ -111,6 +111,29 @@ def test_learning_starts_from_a_run_and_is_added_to(chain: Run) -> None:
     assert code == 2 and "add --code toys:classifier" in err
 
 
+@pytest.mark.parametrize(
+    ("method", "given", "lr"), [("laplace", (), 0.05), ("naive", (), 0.01), ("laplace", (0.03,), 0.03)]
+)
+def test_a_new_network_learns_at_the_rate_that_suits_the_method(
+    regrow: Run, tmp_path: Path, method: str, given: tuple[float, ...], lr: float
+) -> None:
+    options = [part for rate in given for part in ("--lr", str(rate))]
+    regrow(
+        "learn",
+        "digits",
+        "--model",
+        "mlp:4",
+        "--method",
+        method,
+        "--train",
+        "64",
+        *options,
+        "--out",
+        str(tmp_path / "a"),
+    )
+    assert RunFolder(tmp_path / "a").read_record()["settings"]["lr"] == lr
+
+
 def test_a_language_model_learns_text(regrow: Run, tiny_language_model: Path) -> None:
     words = ("--method", "naive", "--epochs", "1", "--train", "4", "--test", "2", "--seq-len", "16")
     code, out, err = regrow("learn", "news", "manual", "--model", str(tiny_language_model), *words, "--out", "run")
