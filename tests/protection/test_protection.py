@@ -205,6 +205,20 @@ def test_gpm_changes_no_answer_to_the_inputs_of_its_basis(how: dict[str, Any]) -
     assert found.shape[1] > columns.shape[1]
 
 
+def test_gpm_in_bfloat16_keeps_its_answers_to_a_part_of_what_it_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounded directions let 1 % of a task's change into the span of the basis, at most."""
+    monkeypatch.setattr("regrow.protection.guards.LARGE", 60)
+    monkeypatch.setattr("regrow.methods.continual.gpm.choose_precision", lambda model: "bfloat16")
+    first, both = learned("gpm", tasks=TASKS[:1]), learned("gpm")
+    columns = first.state.learner.columns("1.weight")
+    before, after = (
+        torch.cat([fitted.model.get_parameter("1.weight"), fitted.model.get_parameter("1.bias")[:, None]], 1).detach()
+        for fitted in (first, both)
+    )
+    moved = after - before
+    assert 1e-5 < float((moved @ columns).norm() / moved.norm()) < 0.01
+
+
 @pytest.mark.parametrize("directions", ["data", "projected", "random"])
 def test_growth_under_laplace_changes_no_answer(directions: str) -> None:
     fitted = learned("laplace", grow="start", directions=directions, width=0.5, cap=3.0)

@@ -41,13 +41,13 @@ class Guard:
 
     def to_directions(self, change: Tensor) -> Tensor:
         """Return a change of weight and bias, ``[m, n + 1]``, in the eigenvectors: Q_Bᵀ Δ Q_A."""
-        change = change if self.outputs is None else _multiply(self.outputs.T, change)
-        return change if self.inputs is None else _multiply(change, self.inputs)
+        change = change if self.outputs is None else multiply(self.outputs.T, change)
+        return change if self.inputs is None else multiply(change, self.inputs)
 
     def to_entries(self, directions: Tensor) -> Tensor:
         """Return the change of weight and bias whose :meth:`to_directions` are given: Q_B X Q_Aᵀ."""
-        directions = directions if self.outputs is None else _multiply(self.outputs, directions)
-        return directions if self.inputs is None else _multiply(directions, self.inputs.T)
+        directions = directions if self.outputs is None else multiply(self.outputs, directions)
+        return directions if self.inputs is None else multiply(directions, self.inputs.T)
 
     def free(self, strength: float) -> float:
         """Return the mean of 1 / (1 + s λ) over all directions: 1 if the layer may change freely, 0 if not at all."""
@@ -107,12 +107,16 @@ def _decompose(factor: Tensor, is_low: bool) -> tuple[Tensor, Tensor | None]:
     """
     if factor.dim() == 1:
         return factor, None
-    is_low = is_low and len(factor) >= LARGE
-    values, vectors = torch.linalg.eigh(factor if is_low else factor.double())
-    return values.clamp_min(0).to(factor), vectors.to(torch.bfloat16 if is_low else factor.dtype)
+    values, vectors = torch.linalg.eigh(factor if is_low and len(factor) >= LARGE else factor.double())
+    return values.clamp_min(0).to(factor), lower_precision(vectors.to(factor), is_low)
 
 
-def _multiply(left: Tensor, right: Tensor) -> Tensor:
+def lower_precision(vectors: Tensor, is_low: bool) -> Tensor:
+    """Return vectors, ``[n, k]``, in bfloat16 if ``is_low`` and they are long."""
+    return vectors.to(torch.bfloat16) if is_low and len(vectors) >= LARGE else vectors
+
+
+def multiply(left: Tensor, right: Tensor) -> Tensor:
     """Return a product in the lower precision of the two; the result has the higher one."""
     low, high = sorted((left.dtype, right.dtype), key=lambda dtype: dtype.itemsize)
     return (left.to(low) @ right.to(low)).to(high)

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from regrow.core.axes.axis import AxisTensor
+from regrow.nets.devices import choose_precision
 from regrow.protection.factors import BATCH, layer_parameters, measure_factors
-from regrow.protection.guards import side_by_side, write_rows
+from regrow.protection.guards import lower_precision, multiply, side_by_side, write_rows
 from regrow.settings.constraints import CheckedSettings, Count, Fraction
 from regrow.training.hooks import train_with_frozen_norms
 from regrow.training.learner import Boundary, Context, Event, Learner, Step, Stream
@@ -49,6 +50,7 @@ class GpmState:
     basis: Mapping[str, AxisTensor] = field(default_factory=dict)  # [*inputs, directions]
     bias: Mapping[str, AxisTensor] = field(default_factory=dict)  # of the constant input of the bias, [directions]
     before: Mapping[str, Tensor] = derived(dict)  # weights and biases before the step, by name of the weight
+    directions: Mapping[str, Tensor] = derived(dict)  # what :meth:`columns` returns, as steps are multiplied with it
 
     def columns(self, name: str) -> Tensor:
         """Return the directions of a layer, ``[n + 1, directions]``."""
@@ -75,7 +77,10 @@ def _copy_parameters(state: GpmState, context: Context, step: Step) -> GpmState:
             projected.update(names)
     for name in parameters.keys() - projected:
         parameters[name].grad = None
-    return replace(state, before=before)
+    directions, is_low = state.directions, choose_precision(context.model) == "bfloat16"
+    if directions.keys() != before.keys():
+        directions = {name: lower_precision(state.columns(name)[: before[name].shape[1]], is_low) for name in before}
+    return replace(state, before=before, directions=directions)
 
 
 @torch.no_grad()
@@ -84,8 +89,8 @@ def _project_steps(state: GpmState, context: Context, step: Step) -> GpmState:
     parameters = context.parameters()
     for name, before in state.before.items():
         parts = [parameters[part] for part in layer_parameters(parameters, name)]
-        change, columns = side_by_side(parts) - before, state.columns(name)[: before.shape[1]]
-        write_rows(parts, before + change - change @ columns @ columns.T)
+        now, columns = side_by_side(parts), state.directions[name]
+        write_rows(parts, now.sub_(multiply(multiply(now - before, columns), columns.T)))
     return state
 
 
@@ -93,7 +98,7 @@ def _react(settings: Settings, state: GpmState, context: Context, boundary: Boun
     """Hook ``boundary``: set modes of modules; at the end of a task add its directions to the bases."""
     train_with_frozen_norms(state, context, boundary)
     if boundary.event != Event.TASK_END:
-        return state
+        return replace(state, directions={})
     train = context.task.train
     order = torch.randperm(len(train), generator=context.generator(Stream.FISHER_EXAMPLES))
     examples = train.take(order[: settings.samples]).batches(BATCH)
