@@ -456,11 +456,12 @@ def shown_grid(args: Namespace) -> Iterator[str]:
     best = {max((means[arm.name], arm.name) for arm in whole if family(arm) == kind)[1] for kind in map(family, whole)}
     yield f"\n{' and '.join(streams)}, seed {args.first}\n"
     body = []
-    for name in dict.fromkeys(arm.name.rpartition(", ")[0] for arm in whole):
+    done = {arm.name.rpartition(", ")[0] for arm in whole}
+    for name in dict.fromkeys(name for arm in arms if (name := arm.name.rpartition(", ")[0]) in done):
         texts = []
         for lr in RATES:
-            pair = [found.get((f"{name}, {lr:g}", spec), 0.0) for spec in streams]
-            text = " / ".join(f"{value:.1f}" if value else "diverged" for value in pair)
+            pair = [found.get((f"{name}, {lr:g}", spec)) for spec in streams]
+            text = " / ".join("–" if value is None else f"{value:.1f}" if value else "diverged" for value in pair)
             texts.append(f"**{text}**" if f"{name}, {lr:g}" in best else text)
         body.append([name, *texts])
     yield from table(("", *(f"rate {lr:g}" for lr in RATES)), body)
