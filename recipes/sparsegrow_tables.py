@@ -234,8 +234,6 @@ BUFFERS = (
     grow(f"{BOTH}, never grown, average size", BOTH, lr=RATE, size="average", memory=500, grow="never"),
     grow(f"{BOTH}, never grown, final size", BOTH, lr=RATE, memory=500, grow="never"),
 )
-# Before the anchor: the rows of `conv` are of SparseGrow as it was then. Its next ones are chosen by `grid-conv`.
-CONV: dict[str, Any] = {"multiple": 1, "strength": 60.0, "pull": 0.0, "directions": "projected"}
 CONV_GATES = ((0.5, 0.1), (2.0, 0.1), (2.0, 0.5), (15.0, 0.5))
 CONV_GRID = (
     *grid("naive", "naive", {}),
@@ -254,16 +252,26 @@ CONV_GRID = (
         *({"multiple": 1, "strength": s, "pull": q} for s, q in CONV_GATES),
     ),
 )
+# Split CIFAR-10: strengths and rates by a grid of its own.
+CONV: dict[str, Any] = {"lr": 0.02, "multiple": 1, "pull": 0.5}
 CONVS = (
     grow("SparseGrow", **CONV),
-    NAIVE,
-    Arm("SI", "si", {"strength": 0.1}),
-    LWF,
-    grow("SparseGrow, never grown", **CONV, grow="never"),
-    grow("SparseGrow, never grown, final size", "SparseGrow", **CONV, grow="never"),
+    replace(LAPLACE, settings={"strength": 2.0, "gate": 0.0}, lr=0.02),
+    GATED,
+    replace(NCL, settings={"strength": 1.0}, lr=0.02),
+    replace(GPM, lr=0.01),
+    replace(EWC, settings={"strength": 1000.0}, lr=RATE),
+    replace(LWF, lr=RATE),
     Arm("ER, 500 examples kept", "replay", {"memory": 500}),
-    FROZEN,
-    replace(JOINT, lr=0.01),
+    replace(DER, settings={"memory": 500, "logit_weight": 1.0}),
+    Arm("DER++, as many bytes", "replay", {"memory": 95, "logit_weight": 1.0}),
+    JOINT,
+    replace(NAIVE, lr=0.1),
+    replace(FROZEN, lr=RATE),
+    grow("SparseGrow, never grown", **CONV, grow="never"),
+    grow("SparseGrow, never grown, average size", "SparseGrow", **CONV, size="average", grow="never"),
+    grow("SparseGrow, never grown, final size", "SparseGrow", **CONV, grow="never"),
+    replace(LAPLACE, name="Laplace, final size", like="SparseGrow", settings={"strength": 2.0, "gate": 0.0}, lr=0.02),
 )
 
 

@@ -137,9 +137,7 @@ def test_masks_that_stand_in_for_weights_are_counted() -> None:
     def masked(model: nn.Module, batch: Batch) -> float:
         parameters = dict(model.named_parameters())
         weights = {
-            name: apply_threshold(
-                p, p.new_full((len(p),), 0.01).requires_grad_(), torch.zeros_like(p, dtype=torch.bool)
-            )
+            name: apply_threshold(p, p.new_full((len(p),), 0.01).requires_grad_(), torch.zeros_like(p))
             for name, p in parameters.items()
             if p.dim() == 4
         }

@@ -291,7 +291,7 @@ def _concat(parts: Sequence[Tensor], dtype: torch.dtype = torch.long) -> Tensor:
 
 def margin(weight: Tensor, threshold: Tensor) -> Tensor:
     """Return abs(weight) − threshold; ``threshold`` has one entry per output unit (dimension 0), or a single one."""
-    return weight.abs() - threshold.reshape(-1, *[1] * (weight.dim() - 1))
+    return weight.abs().sub_(threshold.reshape(-1, *[1] * (weight.dim() - 1)))
 
 
 def surrogate(x: Tensor) -> Tensor:
@@ -309,15 +309,15 @@ def apply_threshold(weight: Tensor, threshold: Tensor, owned: Tensor) -> Tensor:
 
     The weight's gradient is taken as if nothing were left out: a weight of exactly 0 under a strict step would never
     get one again. ``threshold`` is that of :func:`margin`; its gradient is Σ −g · w · surrogate(|w| − t) over the
-    entries that are not ``owned``; those that are (bool, as the weight) count as far above, and are never masked.
+    entries that are not ``owned``; those that are (1; others 0) count as far above, and are never masked.
 
     >>> w, t = torch.tensor([[0.5, -0.1, 0.0]], requires_grad=True), torch.tensor([0.2], requires_grad=True)
-    >>> y = apply_threshold(w, t, torch.tensor([[False, False, False]]))
+    >>> y = apply_threshold(w, t, torch.zeros(1, 3))
     >>> y.sum().backward()
     >>> y.tolist(), w.grad.tolist(), round(t.grad.item(), 3)
     ([[0.5, -0.0, 0.0]], [[1.0, 1.0, 1.0]], -0.24)
     """
-    return keep_above(weight, margin(weight.detach(), threshold).add(owned, alpha=torch.finfo(weight.dtype).max))
+    return keep_above(weight, margin(weight.detach(), threshold).add_(owned, alpha=torch.finfo(weight.dtype).max))
 
 
 def step_mask(over_by: Tensor) -> Tensor:
@@ -341,7 +341,8 @@ class _KeepAbove(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, over_by: Tensor) -> Tensor:
         """Return values where ``over_by`` is at least 0, else 0."""
         ctx.save_for_backward(values, over_by)
-        return torch.ge(over_by, 0, out=torch.empty_like(over_by)).mul(values)
+        kept = torch.ge(over_by, 0, out=torch.empty_like(over_by))
+        return kept.mul_(values) if values.dim() else kept.mul(values)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:

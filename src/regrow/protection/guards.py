@@ -37,7 +37,9 @@ class Guard:
         """Return the parameters, and their values side by side, ``[m, n + 1]``; without a bias its column is 0."""
         parameters = [model.get_parameter(name) for name in self.names]
         rows = side_by_side(parameters)
-        return parameters, torch.cat([rows, self.anchor[:, rows.shape[1] :]], 1)
+        if rows.shape != self.anchor.shape:
+            rows = torch.cat([rows, self.anchor[:, rows.shape[1] :]], 1)
+        return parameters, rows
 
     def to_directions(self, change: Tensor) -> Tensor:
         """Return a change of weight and bias, ``[m, n + 1]``, in the eigenvectors: Q_Bᵀ Δ Q_A."""
@@ -141,7 +143,7 @@ def _place(
 def side_by_side(tensors: Sequence[Tensor]) -> Tensor:
     """Return a weight and a bias, or a single parameter, as a matrix in float32 or float64, ``[m, n + 1]``; a copy."""
     rows = torch.cat([tensor.detach().reshape(*(tensor.shape[:1] or (1,)), -1) for tensor in tensors], 1)
-    return widen(rows).clone()
+    return widen(rows)
 
 
 def write_rows(tensors: Sequence[Tensor], rows: Tensor) -> None:
@@ -162,10 +164,11 @@ def apply_guards(guards: Guards, model: nn.Module, *, gate: float = 0, pull: flo
     """
     for guard in guards.values():
         parameters, now = guard.read(model)
-        step = guard.to_directions(now - guard.last)
-        guard.moved.add_(step / (1 + gate * guard.curvature) if gate else step)
-        guard.moved.div_((1 + pull * guard.curvature) * (1 + decay))
-        guard.last.copy_(guard.anchor + guard.to_entries(guard.moved))
+        step = guard.to_directions(now.sub_(guard.last))
+        if gate:
+            step.div_(guard.curvature.mul(gate).add_(1))
+        guard.moved.add_(step).div_(guard.curvature.mul(pull).add_(1).mul_(1 + decay))
+        torch.add(guard.anchor, guard.to_entries(guard.moved), out=guard.last)
         write_rows(parameters, guard.last)
 
 

@@ -181,7 +181,7 @@ def _mask(s: Settings, state: SparseGrowState, context: Context) -> Replacements
         masked = {}
         for name, parameter in context.parameters().items():
             if name in state.threshold:
-                masked[name] = apply_threshold(parameter, state.threshold[name].values, state.owned[name].values)
+                masked[name] = apply_threshold(parameter, state.threshold[name].values, state.unmasked[name])
         return Replacements(masked)
     with torch.no_grad():  # as in AdaptCL's code: what is pruned is 0 at once, and the loss trains no threshold
         for thresholded in state.thresholded(context):
@@ -203,13 +203,12 @@ def _compute_loss(s: Settings, state: SparseGrowState, context: Context, step: S
     rows = draw_from_replay_memory(state.rows, state.seen, state.recalled, context, s.memory, n)
     if rows:
         loss = loss + class_loss(context.replay_logits(inputs_of(rows), rows["labels"]), rows["labels"])
-    for name in context.weights:
-        if name in state.threshold:
-            penalty = torch.exp(-state.threshold[name].values)
-            old = state.old.get(name)
-            if penalty.dim() and old is not None:
-                penalty = penalty * torch.where(old.values, 1.0, s.new_unit_penalty)
-            loss = loss + s.alpha * penalty.sum()
+    if state.threshold:
+        penalty = torch.exp(-torch.cat([threshold.values.flatten() for threshold in state.threshold.values()]))
+        if state.old and s.threshold == "dst":
+            old = torch.cat([state.old[name].values for name in state.threshold])
+            penalty = penalty * torch.where(old, 1.0, s.new_unit_penalty)
+        loss = loss + s.alpha * penalty.sum()
     return Loss(loss, bool(rows))
 
 
@@ -306,16 +305,19 @@ def _end_task(s: Settings, state: SparseGrowState, context: Context) -> SparseGr
 
 
 def _prepare_guards(s: Settings, state: SparseGrowState, context: Context) -> SparseGrowState:
-    """Return the state with this task's guards (none in the first) and ``frozen``: owned entries without a guard."""
+    """Return the state with what it derives for a task: guards (none in the first), frozen and unmasked entries."""
+    parameters = context.parameters()
+    unmasked = {name: state.owned[name].values.to(parameters[name]) for name in state.threshold}
+    state = replace(state, frozen={}, guards={}, unmasked=unmasked)
     if not context.number or s.gate == "none":
-        return replace(state, frozen={}, guards={})
+        return state
     factor = s.strength_factor if _replays_classes(s, context) else 1.0
     unguarded = context.head if factor < 1 else ()
     guards = build_guards(state.factors, context, state.anchor, s.damping, skip=unguarded)
     free = {name: round(guard.free(s.strength * factor), 4) for name, guard in guards.items()}
     trained = {*unguarded, *(name for guard in guards.values() for name in guard.names)}
     frozen: dict[str, tuple[Tensor, Tensor]] = {}
-    for name, parameter in context.parameters().items():
+    for name, parameter in parameters.items():
         owned = state.owned[name].values
         if name not in trained and bool(owned.any()):
             frozen[name] = owned, parameter.detach().clone()

@@ -41,6 +41,7 @@ class SparseGrowState:
     recalled: int = 0  # draws from the memory
     frozen: Mapping[str, tuple[Tensor, Tensor]] = derived(dict)  # entries not trained in this task, and their values
     guards: Guards = derived(dict)
+    unmasked: Mapping[str, Tensor] = derived(dict)  # 1 where thresholds may not mask a weight, as ``owned``, else 0
 
     def thresholded(self, context: Context) -> Iterator[ThresholdedWeight]:
         """Yield each weight that has thresholds, with these and its mask; the first two may be changed in place."""
