@@ -9,13 +9,14 @@ accuracy on the tasks before that the twin that did not grow has more: what an i
 these ways of growing change no output at first.
 
 Branches and layers that are added inherit Kronecker factors: as inputs those of the layer behind or beside them, as
-outputs those of the layer before or beside them; what is left has the mean.
+outputs those of the layer before or beside them; what is left has the mean. *Directed* branches add nothing at first
+and read directions of data that earlier tasks did not use, as SparseGrow's new units do.
 ``--at`` is the task, from 0, in which twins part.
 """
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -37,13 +38,15 @@ from regrow.data.streams import load_idx, permuted_tasks, rotated_tasks, sample_
 from regrow.methods.continual.sparsegrow import Settings, build
 from regrow.methods.continual.sparsegrow.state import SparseGrowState
 from regrow.nets.vision import small
-from regrow.protection.growth import weigh_new_units
+from regrow.protection.factors import Factors, read_inputs
+from regrow.protection.growth import project_rows, weigh_new_units
+from regrow.protection.guards import input_moments
 from regrow.surgery.new_units import Entries, fit_new_units, new_units, split_entries
 from regrow.tracing import trace
 from regrow.tracing.capture import in_eval_mode
 from regrow.training.continual import TaskSchedule, learn
 from regrow.training.fit import FitOptions
-from regrow.training.learner import Boundary, Context, Event, Learner, make_mask
+from regrow.training.learner import Boundary, Context, Event, Learner, Stream, make_mask
 from regrow.training.state import TrainState, axis_tensors, with_axis_tensors
 
 OUT = Path(__file__).parent / "results" / "sparsegrow_twins.jsonl"
@@ -52,6 +55,7 @@ STREAMS, RATE = ("permuted", "rotated"), 0.05
 BRANCH = 15
 """Units of a lateral branch: as many parameters as two layers that are 16 units wider."""
 
+DIRECTED = "lateral branches, directed"
 ONCE = 1.2
 """A cap under which a net is widened once."""
 
@@ -213,6 +217,7 @@ WIDE: dict[str, tuple[Settings, Variant]] = {
 }
 OTHER: dict[str, Callable[[nn.Sequential], tuple[nn.Sequential, Callable[[str], str]]]] = {
     "lateral branches": lateral,
+    DIRECTED: lateral,
     "in depth, identity at birth": deeper(identity=True),
     "in depth, drawn": deeper(identity=False),
 }
@@ -247,7 +252,7 @@ def inherit_factors(tensors: dict[str, AxisTensor], context: Context, twin: str)
     """Give new layers the factors of their neighbours, and their present parameters as anchors, in place."""
     parents = {"5": ("7", "3")} if twin in ("in depth, identity at birth", "in depth, drawn") else {}
     for layer in ("1", "3"):
-        if twin == "lateral branches":
+        if twin in ("lateral branches", DIRECTED):
             parents |= {f"{layer}.branch.0": (f"{layer}.old", ""), f"{layer}.branch.2": ("", f"{layer}.old")}
     for name, (inputs, outputs) in parents.items():
         weight = context.parameters()[f"{name}.weight"]
@@ -257,15 +262,37 @@ def inherit_factors(tensors: dict[str, AxisTensor], context: Context, twin: str)
             values = torch.zeros(shape) if parent is None else parent.values.clone()
             axis = dims[0] if part == "outputs" else dims[1]
             tensors[f"factors {name}.weight {part}"] = AxisTensor(values, (axis,) * values.dim())
+    factors = {key.removeprefix("factors "): one for key, one in tensors.items() if key.startswith("factors ")}
+    if twin == DIRECTED:
+        direct_branches(context, factors)
     for name, parameter in context.parameters().items():
         anchor = AxisTensor(parameter.detach().clone(), context.axes.shapes[name])
         tensors.setdefault(f"anchor {name}", anchor)
-    factors = {key.removeprefix("factors "): one for key, one in tensors.items() if key.startswith("factors ")}
     weigh_new_units(factors, context, surrogate=True)
 
 
-def twins(tasks: list[Task], at: int, seed: int) -> list[dict[str, Any]]:
-    """A row per twin."""
+@torch.no_grad()
+def direct_branches(context: Context, factors: Factors) -> None:
+    """Silence lateral branches, and let them read (1 + s A)⁻¹ (x − x′) with the spread of the layer beside them."""
+    train, random = context.task.train, context.generator(Stream.CALIBRATION)
+    examples = train.take(torch.randperm(len(train), generator=random)[:256])
+    names = [name for name in context.parameters() if name.endswith("branch.0.weight")]
+    for name, parameter in context.parameters().items():
+        if "branch.2" in name:
+            parameter.zero_()
+    for name, inputs in read_inputs(context.model, examples, names).items():
+        lateral = context.model.get_submodule(name.removesuffix(".branch.0.weight"))
+        first, second = torch.randint(len(inputs), (2, BRANCH), generator=random)
+        rows, moments = inputs[first] - inputs[second], input_moments(factors, name, context.number)
+        rows = project_rows(moments, rows, torch.ones_like(rows, dtype=torch.bool), Settings().strength)
+        own, old = (inputs[:, :-1] @ weight.T for weight in (rows[:, :-1], lateral.old.weight))
+        rows *= (old.std(0).median() / own.std(0))[:, None]
+        lateral.branch[0].weight.copy_(rows[:, :-1])
+        lateral.branch[0].bias.copy_(rows[:, -1])
+
+
+def twins(tasks: list[Task], at: int, seed: int, names: Collection[str]) -> list[dict[str, Any]]:
+    """A row per twin of ``names``."""
     model, _ = small(f"mlp:{WIDTH}-{WIDTH}", tasks[0].train.inputs.shape[1:], 10, seed)
     axes, settings = trace(model, tasks[0].train.inputs[:2]), Settings(grow="never", seed=seed)
     schedule, held = TaskSchedule(seed=seed, lr=RATE), []
@@ -284,7 +311,7 @@ def twins(tasks: list[Task], at: int, seed: int) -> list[dict[str, Any]]:
         learn(model, axes, tasks, build(settings), schedule, options=FitOptions(checkpoint=look))
     (start,) = held
     found = []
-    for twin in (*WIDE, *OTHER):
+    for twin in names:
         own, axes, state = copy.deepcopy(start[0]), start[1], copy.deepcopy(start[2])
         settings, variant = WIDE.get(twin, (Settings(grow="never"), unchanged))
         if twin in OTHER:
@@ -309,11 +336,12 @@ def main() -> None:
     for seed in range(args.seeds):
         for kind in STREAMS:
             told = {"stream": kind, "lr": RATE, "seed": seed, "at": args.at}
-            if any(told.items() <= row.items() for row in there):
+            known = {row["twin"] for row in there if told.items() <= row.items()}
+            if not (missing := [name for name in (*WIDE, *OTHER) if name not in known]):
                 continue
             base = sample_task(load_idx(args.fashion, "fashion"), 5000, 2000, seed)
             tasks = permuted_tasks(base, 10, seed) if kind == "permuted" else rotated_tasks(base, 10)
-            for row in twins(tasks, args.at, seed):
+            for row in twins(tasks, args.at, seed, missing):
                 print(add(args.out, told | row), flush=True)
 
 

@@ -341,8 +341,7 @@ class _KeepAbove(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, over_by: Tensor) -> Tensor:
         """Return values where ``over_by`` is at least 0, else 0."""
         ctx.save_for_backward(values, over_by)
-        kept = torch.ge(over_by, 0, out=torch.empty_like(over_by))
-        return kept.mul_(values) if values.dim() else kept.mul(values)
+        return torch.ge(over_by, 0, out=torch.empty_like(over_by)).mul_(values)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
