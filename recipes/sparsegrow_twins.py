@@ -291,7 +291,7 @@ def direct_branches(context: Context, factors: Factors) -> None:
         lateral.branch[0].bias.copy_(rows[:, -1])
 
 
-def twins(tasks: list[Task], at: int, seed: int, names: Collection[str]) -> list[dict[str, Any]]:
+def twins(tasks: list[Task], at: int, seed: int, names: Collection[str] = (*WIDE, *OTHER)) -> list[dict[str, Any]]:
     """A row per twin of ``names``."""
     model, _ = small(f"mlp:{WIDTH}-{WIDTH}", tasks[0].train.inputs.shape[1:], 10, seed)
     axes, settings = trace(model, tasks[0].train.inputs[:2]), Settings(grow="never", seed=seed)

@@ -318,8 +318,7 @@ def _prepare_guards(s: Settings, state: SparseGrowState, context: Context) -> Sp
     trained = {*unguarded, *(name for guard in guards.values() for name in guard.names)}
     frozen: dict[str, tuple[Tensor, Tensor]] = {}
     for name, parameter in parameters.items():
-        owned = state.owned[name].values
-        if name not in trained and bool(owned.any()):
+        if name not in trained and bool((owned := state.owned[name].values).any()):
             frozen[name] = owned, parameter.detach().clone()
     return replace(state, frozen=frozen, guards=guards, free=free)
 
