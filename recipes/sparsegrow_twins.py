@@ -52,10 +52,10 @@ from regrow.training.state import TrainState, axis_tensors, with_axis_tensors
 OUT = Path(__file__).parent / "results" / "sparsegrow_twins.jsonl"
 WIDTH = 100
 STREAMS, RATE = ("permuted", "rotated"), 0.05
+DIRECTED = "lateral branches, directed"
 BRANCH = 15
 """Units of a lateral branch: as many parameters as two layers that are 16 units wider."""
 
-DIRECTED = "lateral branches, directed"
 ONCE = 1.2
 """A cap under which a net is widened once."""
 
@@ -218,7 +218,7 @@ WIDE: dict[str, tuple[Settings, Variant]] = {
 OTHER: dict[str, Callable[[nn.Sequential], tuple[nn.Sequential, Callable[[str], str]]]] = {
     "lateral branches": lateral,
     DIRECTED: lateral,
-    "in depth, identity at birth": deeper(identity=True),
+    "in depth, identity at first": deeper(identity=True),
     "in depth, drawn": deeper(identity=False),
 }
 
@@ -250,7 +250,7 @@ def reshaped(
 
 def inherit_factors(tensors: dict[str, AxisTensor], context: Context, twin: str) -> None:
     """Give new layers the factors of their neighbours, and their present parameters as anchors, in place."""
-    parents = {"5": ("7", "3")} if twin in ("in depth, identity at birth", "in depth, drawn") else {}
+    parents = {"5": ("7", "3")} if twin in ("in depth, identity at first", "in depth, drawn") else {}
     for layer in ("1", "3"):
         if twin in ("lateral branches", DIRECTED):
             parents |= {f"{layer}.branch.0": (f"{layer}.old", ""), f"{layer}.branch.2": ("", f"{layer}.old")}
@@ -273,7 +273,7 @@ def inherit_factors(tensors: dict[str, AxisTensor], context: Context, twin: str)
 
 @torch.no_grad()
 def direct_branches(context: Context, factors: Factors) -> None:
-    """Silence lateral branches, and let them read (1 + s A)⁻¹ (x − x′) with the spread of the layer beside them."""
+    """Make lateral branches add nothing at first and read (1 + s A)⁻¹ (x − x′) with the spread of the layer beside them."""
     train, random = context.task.train, context.generator(Stream.CALIBRATION)
     examples = train.take(torch.randperm(len(train), generator=random)[:256])
     names = [name for name in context.parameters() if name.endswith("branch.0.weight")]
