@@ -273,7 +273,7 @@ def inherit_factors(tensors: dict[str, AxisTensor], context: Context, twin: str)
 
 @torch.no_grad()
 def direct_branches(context: Context, factors: Factors) -> None:
-    """Make lateral branches add nothing at first and read (1 + s A)⁻¹ (x − x′) with the spread of the layer beside them."""
+    """Make lateral branches add nothing at first and read (1 + s A)⁻¹ (x − x′), as spread as the layer beside them."""
     train, random = context.task.train, context.generator(Stream.CALIBRATION)
     examples = train.take(torch.randperm(len(train), generator=random)[:256])
     names = [name for name in context.parameters() if name.endswith("branch.0.weight")]
