@@ -4,6 +4,7 @@ import importlib
 import os
 import signal
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -188,7 +189,7 @@ class Verb(click.Command):
         from regrow.cli.checks import check_command_line  # what can be wrong is found before anything large is imported
 
         check_command_line(self.name or "", ctx.params)
-        with show_lines("importing packages"):
+        with nullcontext() if ranks.rank else show_lines("importing packages"):
             importlib.import_module(self.preload)
         if signal.getsignal(signal.SIGINT) is stop_at_once:
             signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from regrow.allocation.stages import MemoryBudgetError, MemoryStages, Peak, plan_stages
 from regrow.core.amounts import format_bytes, parse_bytes
@@ -125,7 +126,7 @@ def _plan_stages_in_memory(settings: Settings, task: Task, build: Callable[..., 
     batch = pack_batch(first.inputs, first.labels)
 
     def plan(*, recomputes: bool) -> MemoryStages:
-        peak = make_peak_predictor(search.mask_bytes, partial(build, left, recomputes), batch)
+        peak = make_peak_predictor(search, partial(build, left, recomputes), batch)
         return replace(plan_stages(peak, parts, budget), recomputed=recomputes)
 
     try:
@@ -184,20 +185,19 @@ def rebuild_network(config: Mapping[str, Any], model: Cells | Mobile) -> Cells |
     return network.eval()
 
 
-def make_peak_predictor(mask_bytes: int, prefix: Callable[[int, int], Prefix], batch: Batch) -> Peak:
+def make_peak_predictor(search: Search, prefix: Callable[[int, int], Prefix], batch: Batch) -> Peak:
     """Return a function (index of the first part with all candidates, of the last that runs) → peak bytes of a stage.
 
-    ``mask_bytes``: :attr:`Search.mask_bytes`; ``prefix``: the same arguments → the network that runs in the stage;
-    ``batch``: of a training step.
+    ``prefix``: the same arguments → the network that runs in the stage; ``batch``: of a training step.
     """
-    step = _make_step()
+    step = _make_step(search)
 
     @cache
     def peak(first: int, last: int) -> int:
         plain = predict_memory(partial(prefix, first, last), batch, step).peak
         with torch.device("meta"):
             weights = prefix(first, last).count_parameters()
-        return int(MASK_FACTOR * plain) + mask_bytes * weights
+        return int(MASK_FACTOR * plain) + search.mask_bytes * weights
 
     return peak
 
@@ -207,13 +207,21 @@ def predict_stage_bytes(search: Search, state: SearchState, context: Context, ba
     net = Prefix(context.model, search.space.part(state.stage))
     removed = context.undo.contents().values() if context.undo else ()
     cut_bytes = sum(tensor.untyped_storage().nbytes() for tensor in removed)
-    plain = predict_memory(net, batch, _make_step()).peak
+    plain = predict_memory(net, batch, _make_step(search)).peak
     return int(MASK_FACTOR * plain) + search.mask_bytes * net.count_parameters() + cut_bytes
 
 
-def _make_step() -> Callable[[nn.Module, Batch], Any]:
-    """Return a function (network, batch) that takes a step by SGD with momentum, for :func:`predict_memory`."""
-    return make_training_step(partial(torch.optim.SGD, lr=0.1, momentum=0.9))
+def _make_step(search: Search) -> Callable[[nn.Module, Batch], Any]:
+    """Return a function (network, batch) that takes the steps of a search, by SGD with momentum, to predict memory."""
+    train = make_training_step(partial(torch.optim.SGD, lr=0.1, momentum=0.9))
+
+    def train_scales_too(net: nn.Module, batch: Batch) -> None:
+        train(net, batch)
+        scales = [p for name, p in net.named_parameters() if name.endswith("scale")]
+        loss = F.cross_entropy(logits_in(batch.run(net)), cast(torch.Tensor, batch.labels))
+        torch.autograd.grad(loss, scales, allow_unused=True)  # keeps recomputed activations that it does not use
+
+    return train_scales_too if search.second_share else train
 
 
 @dataclass
