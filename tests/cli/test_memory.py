@@ -43,7 +43,7 @@ GPRUNE = ("--method", "gprune", "--set", "steps=0", "--set", "start=base", "--se
 
 @pytest.mark.parametrize("method", [OBS, (*GPRUNE, "--source", "talk")], ids=["obs", "gprune"])
 def test_a_streamed_run_is_that_of_a_run_in_memory(regrow, tiny_language_model, tmp_path, streams, method):
-    command = ("prune", str(tiny_language_model), *method, *SOURCE)
+    command = ("prune", str(tiny_language_model), *SOURCE, *method)
     assert regrow(*command, "--out", "whole")[0] == 0
     code, said, _ = regrow(*command, "--memory", "64GiB", "--out", "streamed")
     assert code == 0
