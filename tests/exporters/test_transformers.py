@@ -24,7 +24,11 @@ def test_a_vision_transformer_is_written_and_compared(name: str, tmp_path: Path)
     config = getattr(transformers, f"{name}Config")(**SIZES, num_labels=5)
     getattr(transformers, f"{name}ForImageClassification")(config).save_pretrained(tmp_path / "model")
     written = regrow.export(tmp_path / "model", tmp_path / "plain", format="transformers")
-    assert written.checked["max_abs_diff"] == 0 and "no code needed" in written.notes[0]
+    loaded = transformers.AutoModelForImageClassification.from_pretrained
+    before, after = (loaded(tmp_path / folder).state_dict() for folder in ("model", "plain"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    # Some processors round otherwise where weights are read from another alignment in memory.
+    assert written.checked["max_abs_diff"] < 1e-7 and "no code needed" in written.notes[0]
     regrow.prune(tmp_path / "model", {"x": torch.randn(4, 3, 32, 32)}, keep=0.8, method="random", out=tmp_path / "cut")
     written = regrow.export(tmp_path / "cut", tmp_path / "made", format="transformers")
     assert written.checked["max_abs_diff"] < 1e-5 and written.checked["loaded_as"].startswith("Regrown")
