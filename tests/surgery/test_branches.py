@@ -445,12 +445,12 @@ def test_a_wrong_placeholder_does_not_pass_the_proof(stand: Placeholder) -> None
 
 
 def test_all_or_nothing() -> None:
-    """What fails after the branch is gone puts it back: a plan for units that cannot be carried out, an optimiser."""
+    """What fails after the branch is gone puts it back: a plan for units that cannot be carried out, an optimizer."""
     model, axes = deepcopy(traced("own_scale")[0]), traced("own_scale")[1]
-    plan, optimiser = Plan.dropping(axes, ["fall"]), torch.optim.LBFGS(model.parameters())
+    plan, optimizer = Plan.dropping(axes, ["fall"]), torch.optim.LBFGS(model.parameters())
     modules = dict(model.named_modules())
     with laws.untouched(model), pytest.raises(PlanError, match="LBFGS"):
-        apply(model, axes, plan, optimizers=[optimiser])
+        apply(model, axes, plan, optimizers=[optimizer])
     broken = replace(axes, example=Example((torch.randn(2, 4, 7),)))
     with laws.untouched(model), pytest.raises(PlanError):
         apply(model, broken, plan)
@@ -468,22 +468,22 @@ def test_cost_without_a_branch_is_that_of_the_network_without_it() -> None:
             assert Cost(axes.without([axes.branches[module]]), measure).total == after
 
 
-def test_optimisers_let_go_of_a_branch() -> None:
+def test_optimizers_let_go_of_a_branch() -> None:
     model, axes = deepcopy(traced("own_scale")[0]), traced("own_scale")[1]
     model.train()
-    optimiser = torch.optim.Adam([{"params": [*model.parameters()][:4]}, {"params": [*model.parameters()][4:]}])
+    optimizer = torch.optim.Adam([{"params": [*model.parameters()][:4]}, {"params": [*model.parameters()][4:]}])
     F.mse_loss(model(*axes.example.args), torch.zeros(2, 4, 3)).backward()
-    optimiser.step()
-    memory = {id(p): optimiser.state[p]["exp_avg"].clone() for p in model.parameters()}
-    apply(model, axes, Plan.dropping(axes, ["fall"]), optimizers=[optimiser])
+    optimizer.step()
+    memory = {id(p): optimizer.state[p]["exp_avg"].clone() for p in model.parameters()}
+    apply(model, axes, Plan.dropping(axes, ["fall"]), optimizers=[optimizer])
     left = {id(p) for p in model.parameters()}
     assert (
-        {id(p) for group in optimiser.param_groups for p in group["params"]} == left == {id(p) for p in optimiser.state}
+        {id(p) for group in optimizer.param_groups for p in group["params"]} == left == {id(p) for p in optimizer.state}
     )
-    assert all(torch.equal(optimiser.state[p]["exp_avg"], memory[id(p)]) for p in model.parameters())
-    optimiser.zero_grad()
+    assert all(torch.equal(optimizer.state[p]["exp_avg"], memory[id(p)]) for p in model.parameters())
+    optimizer.zero_grad()
     F.mse_loss(model(*axes.example.args), torch.zeros(2, 4, 3)).backward()
-    optimiser.step()
+    optimizer.step()
 
 
 # --- and back ---------------------------------------------------------------------------------------------------------

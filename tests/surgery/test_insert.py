@@ -141,7 +141,7 @@ def test_blocks_that_are_no_identity_are_refused_and_nothing_changes() -> None:
     assert list(net.state_dict()) == keys and len(net[2]) == 3
     good, _ = convolutional()
     optimizer = torch.optim.SGD(good.parameters(), 0.1)
-    with pytest.raises(PlanError, match="no optimiser can follow"):
+    with pytest.raises(PlanError, match="no optimizer can follow"):
         apply(good, trace(good, x), plan, optimizers=[optimizer])
 
 

@@ -134,13 +134,13 @@ def test_no_newborn_unit_is_dead(name: str) -> None:
     model, axes, plan, batches = grown(name)
     fit_new_units(model, axes, plan, batches)
     loud, mute = split_entries(model, axes, new_units(model, axes, plan))
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     moved = []
     for _ in range(2):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         sum(loss(model, batch) for batch in batches).backward()
         moved.append([one.of(model.get_parameter(one.name).grad) for one in (*mute, *loud)])
-        optimiser.step()
+        optimizer.step()
     for one, first, second in zip((*mute, *loud), *moved, strict=True):
         both = (first.abs() + second.abs()).movedim(one.dim, 0).flatten(1).sum(1)
         assert bool((both > 0).all()), f"{one.name}: a new unit has no gradient in two steps"
@@ -208,11 +208,11 @@ def test_on_real_digits_the_loss_falls_at_least_as_fast() -> None:
 
 
 def _trained(model: nn.Module, x: Tensor, y: Tensor, seed: int, steps: int) -> nn.Module:
-    optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         rows = torch.randint(len(x), (64,), generator=generator)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         F.cross_entropy(model(x[rows]), y[rows]).backward()
-        optimiser.step()
+        optimizer.step()
     return model

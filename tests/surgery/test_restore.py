@@ -202,18 +202,18 @@ def test_any_order_of_cutting_growing_training_and_restoring(name: str, seed: in
 @pytest.mark.parametrize("make", [lambda p: torch.optim.Adam(p), lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)])
 def test_restored_entries_start_without_drift(make: Any) -> None:
     model, axes = mlp()
-    undo, optimiser = UndoStore(), make(model.parameters())
+    undo, optimizer = UndoStore(), make(model.parameters())
     model(torch.randn(8, 4)).square().sum().backward()
-    optimiser.step()
-    model, axes = apply(model, axes, Plan.keeping(axes, {A: (0, 1, 3, 5)}), undo=undo, optimizers=[optimiser])
-    memory = {what: value.clone() for what, value in optimiser.state[model[0].weight].items() if value.dim()}
-    model, axes = apply(model, axes, Plan.restoring(axes, {A: (2, 4)}), undo=undo, optimizers=[optimiser])
+    optimizer.step()
+    model, axes = apply(model, axes, Plan.keeping(axes, {A: (0, 1, 3, 5)}), undo=undo, optimizers=[optimizer])
+    memory = {what: value.clone() for what, value in optimizer.state[model[0].weight].items() if value.dim()}
+    model, axes = apply(model, axes, Plan.restoring(axes, {A: (2, 4)}), undo=undo, optimizers=[optimizer])
     for what, old in memory.items():
-        now = optimiser.state[model[0].weight][what]
+        now = optimizer.state[model[0].weight][what]
         assert torch.equal(now[[0, 1, 3, 5]], old)
         first = what in ("exp_avg", "momentum_buffer")
         assert torch.allclose(now[[2, 4]], torch.zeros(2, 4) if first else old.mean(0).expand(2, 4))
-    optimiser.step()
+    optimizer.step()
 
 
 def test_the_function_survives_a_plan_that_swaps_units() -> None:

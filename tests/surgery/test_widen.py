@@ -1,4 +1,4 @@
-"""Growing: unit ids, what new units hold, and an optimiser that follows."""
+"""Growing: unit ids, what new units hold, and an optimizer that follows."""
 
 import copy
 import json
@@ -133,39 +133,39 @@ OPTIMISERS = {
 }
 
 
-def _step(model: nn.Module, optimiser: torch.optim.Optimizer, seed: int) -> None:
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
     x = torch.randn(8, 4, generator=torch.Generator().manual_seed(seed))
-    optimiser.zero_grad()
+    optimizer.zero_grad()
     model(x).square().mean().backward()
-    optimiser.step()
+    optimizer.step()
 
 
 @pytest.mark.parametrize("name", OPTIMISERS)
-def test_an_optimiser_follows(name: str) -> None:
+def test_an_optimizer_follows(name: str) -> None:
     """Kept entries keep what is remembered of them; new ones start with no drift and a usual step size."""
     model, axes = mlp()
     decayed = [p for n, p in model.named_parameters() if "weight" in n]
-    optimiser = OPTIMISERS[name](
+    optimizer = OPTIMISERS[name](
         [{"params": decayed}, {"params": [p for n, p in model.named_parameters() if "bias" in n], "weight_decay": 0.0}]
     )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=10)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10)
     for seed in range(3):
-        _step(model, optimiser, seed)
+        _step(model, optimizer, seed)
         schedule.step()
-    before = {n: dict(optimiser.state[p]) for n, p in model.named_parameters()}
-    rates = [group["lr"] for group in optimiser.param_groups]
+    before = {n: dict(optimizer.state[p]) for n, p in model.named_parameters()}
+    rates = [group["lr"] for group in optimizer.param_groups]
     plan = Plan.keeping(axes, {"0.weight:0": (0, 2, 3, 5)})
     plan = Plan({**plan.changes, **Plan.growing(axes, {"2.weight:0": 3}).changes})
-    model, axes = apply(model, axes, plan, optimizers=[optimiser])
+    model, axes = apply(model, axes, plan, optimizers=[optimizer])
     named = dict(model.named_parameters())
-    held = [p for group in optimiser.param_groups for p in group["params"]]
+    held = [p for group in optimizer.param_groups for p in group["params"]]
     assert len(held) == len(named) and all(any(p is q for q in held) for p in named.values())
-    assert [len(group["params"]) for group in optimiser.param_groups] == [3, 3]
-    assert optimiser.param_groups[1]["weight_decay"] == 0.0
-    assert {id(p) for p in optimiser.param_groups[0]["params"]} == {id(p) for n, p in named.items() if "weight" in n}
-    assert [group["lr"] for group in optimiser.param_groups] == rates
+    assert [len(group["params"]) for group in optimizer.param_groups] == [3, 3]
+    assert optimizer.param_groups[1]["weight_decay"] == 0.0
+    assert {id(p) for p in optimizer.param_groups[0]["params"]} == {id(p) for n, p in named.items() if "weight" in n}
+    assert [group["lr"] for group in optimizer.param_groups] == rates
     for what, old in before["2.weight"].items():
-        now = optimiser.state[named["2.weight"]][what]
+        now = optimizer.state[named["2.weight"]][what]
         if not isinstance(old, torch.Tensor) or old.dim() == 0:
             assert now == old
             continue
@@ -174,11 +174,11 @@ def test_an_optimiser_follows(name: str) -> None:
         first = what in ("momentum_buffer", "exp_avg")
         assert torch.allclose(now[5:], torch.zeros(3, 4) if first else kept.mean(0).expand(3, 4))
     for seed in range(3, 6):
-        _step(model, optimiser, seed)
+        _step(model, optimizer, seed)
         schedule.step()
 
 
-def test_a_cut_optimiser_goes_on_as_if_the_cut_network_had_been_trained() -> None:
+def test_a_cut_optimizer_goes_on_as_if_the_cut_network_had_been_trained() -> None:
     """Units that nothing reads and that nothing moves are cut: the steps after are those without the cut."""
     model, axes = mlp()
     with torch.no_grad():
@@ -188,31 +188,31 @@ def test_a_cut_optimiser_goes_on_as_if_the_cut_network_had_been_trained() -> Non
     whole, cut = copy.deepcopy(model), copy.deepcopy(model)
     runs = [torch.optim.Adam(net.parameters(), lr=0.01) for net in (whole, cut)]
     for seed in range(3):
-        for net_, optimiser in zip((whole, cut), runs, strict=True):
-            _step(net_, optimiser, seed)
+        for net_, optimizer in zip((whole, cut), runs, strict=True):
+            _step(net_, optimizer, seed)
     cut, _ = apply(cut, axes, Plan.keeping(axes, {"0.weight:0": range(4)}), optimizers=[runs[1]])
     for seed in range(3, 6):
-        for net_, optimiser in zip((whole, cut), runs, strict=True):
-            _step(net_, optimiser, seed)
+        for net_, optimizer in zip((whole, cut), runs, strict=True):
+            _step(net_, optimizer, seed)
     assert torch.allclose(whole[4].weight, cut[4].weight, atol=1e-6)
     assert torch.allclose(whole[0].weight[:4], cut[0].weight, atol=1e-6)
 
 
 def test_a_memory_of_another_shape_is_refused_and_nothing_changes() -> None:
     model, axes = mlp()
-    optimiser = torch.optim.Adafactor(model.parameters())
-    _step(model, optimiser, 0)
-    with laws.untouched(model), pytest.raises(PlanError, match=r"row_var.*make a new optimiser"):
-        apply(model, axes, Plan.growing(axes, {"0.weight:0": 2}), optimizers=[optimiser])
-    assert {id(p) for p in optimiser.param_groups[0]["params"]} == {id(p) for p in model.parameters()}
+    optimizer = torch.optim.Adafactor(model.parameters())
+    _step(model, optimizer, 0)
+    with laws.untouched(model), pytest.raises(PlanError, match=r"row_var.*make a new optimizer"):
+        apply(model, axes, Plan.growing(axes, {"0.weight:0": 2}), optimizers=[optimizer])
+    assert {id(p) for p in optimizer.param_groups[0]["params"]} == {id(p) for p in model.parameters()}
 
 
 def test_a_memory_that_is_not_known_is_refused() -> None:
     model, axes = mlp()
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
-    optimiser.state[model[0].weight]["secret"] = torch.zeros_like(model[0].weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.state[model[0].weight]["secret"] = torch.zeros_like(model[0].weight)
     with pytest.raises(PlanError, match="'secret'"):
-        apply(model, axes, Plan.growing(axes, {"0.weight:0": 2}), optimizers=[optimiser])
+        apply(model, axes, Plan.growing(axes, {"0.weight:0": 2}), optimizers=[optimizer])
 
 
 def test_units_of_an_axis_are_numbered_from_0_at_birth() -> None:
@@ -351,7 +351,7 @@ def test_slots_follow_where_a_loop_around_them_grows() -> None:
             laws.axes_after_a_cut_are_those_of_a_new_trace(model, axes, plan)
 
 
-def test_an_optimiser_that_holds_all_in_one_piece_is_refused() -> None:
+def test_an_optimizer_that_holds_all_in_one_piece_is_refused() -> None:
     model, axes = mlp()
     with pytest.raises(PlanError, match="LBFGS keeps all parameters in one piece"):
         apply(model, axes, Plan.growing(axes, {KEY: 2}), optimizers=[torch.optim.LBFGS(model.parameters())])
@@ -361,10 +361,10 @@ def test_a_bias_that_compensation_adds_is_trained_with_its_weight() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3, bias=False))
     axes = trace(model, torch.randn(2, 4))
-    optimiser = torch.optim.SGD([{"params": [*model[0].parameters()]}, {"params": [*model[2].parameters()]}], lr=0.1)
+    optimizer = torch.optim.SGD([{"params": [*model[0].parameters()]}, {"params": [*model[2].parameters()]}], lr=0.1)
     plan = Plan.keeping(axes, {KEY: range(5)}, means={"2.weight": {5: 0.5}})
-    model, _ = apply(model, axes, plan, optimizers=[optimiser])
-    assert any(one is model[2].bias for one in optimiser.param_groups[1]["params"])
+    model, _ = apply(model, axes, plan, optimizers=[optimizer])
+    assert any(one is model[2].bias for one in optimizer.param_groups[1]["params"])
 
 
 @pytest.mark.parametrize("value", ['"2"', "true", "2.5", "Infinity", str(2**70), "null"])
@@ -380,22 +380,22 @@ def test_an_average_of_the_weights_follows() -> None:
     """The plan fits a moving average as well: each keeps its own numbers, and averaging goes on."""
     model, axes = mlp()
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.75))
-    optimiser = torch.optim.Adam(model.parameters(), lr=0.01)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     for seed in range(3):
-        _step(model, optimiser, seed)
+        _step(model, optimizer, seed)
         average.update_parameters(model)
     x = torch.randn(8, 4)
     answer, first = average(x), average.module[0].weight.clone()
     plan = Plan.growing(axes, {"0.weight:0": 3, "2.weight:0": 2})
-    model, after = apply(model, axes, plan, optimizers=[optimiser])
+    model, after = apply(model, axes, plan, optimizers=[optimizer])
     apply(average.module, axes, plan)
     assert torch.allclose(average(x), answer, atol=1e-6) and torch.equal(average.module[0].weight[:6], first)
-    _step(model, optimiser, 4)
+    _step(model, optimizer, 4)
     average.update_parameters(model)
     now = average.module[0].weight[:6]
     assert torch.allclose(now, 0.75 * first + 0.25 * model[0].weight[:6], atol=1e-6)
     cut = Plan.keeping(after, {"0.weight:0": range(2, 8)})
-    model, _ = apply(model, after, cut, optimizers=[optimiser])
+    model, _ = apply(model, after, cut, optimizers=[optimizer])
     apply(average.module, after, cut)
     average.update_parameters(model)
     assert average(x).shape == answer.shape

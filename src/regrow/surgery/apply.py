@@ -54,7 +54,7 @@ def apply(
         model: The traced model; changed in place.
         axes: Its axes, as :func:`regrow.trace` or the last ``apply`` returned them.
         plan: The units to cut, add and restore, and the branches to drop and restore.
-        optimizers: The optimisers of the model's parameters; their state is cut and widened too. New and restored
+        optimizers: The optimizers of the model's parameters; their state is cut and widened too. New and restored
             entries start with first moment 0 and the mean second moment of their neighbours.
         undo: The undo store: gets the weights that are cut, and must have those that are restored.
 
@@ -63,7 +63,7 @@ def apply(
         (0 for new entries), memory format and Python attributes.
 
     Raises:
-        PlanError: If the plan does not fit the model, the model does not run as planned, an optimiser cannot follow, a
+        PlanError: If the plan does not fit the model, the model does not run as planned, an optimizer cannot follow, a
             parameter that would change has a gradient hook, or inference mode is on. Nothing is changed then.
 
     >>> import torch

@@ -1,4 +1,4 @@
-"""Compute every tensor after a checked plan, and write them into the model and its optimisers: ``commit``."""
+"""Compute every tensor after a checked plan, and write them into the model and its optimizers: ``commit``."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -114,10 +114,10 @@ def commit(
     undo: UndoStore | None = None,
     prove: Callable[[AxisGraph], AxisGraph] = lambda axes: axes,
 ) -> tuple[nn.Module, AxisGraph]:
-    """Write a prepared plan into model, optimisers and undo store, in place; return the model and its new axes.
+    """Write a prepared plan into model, optimizers and undo store, in place; return the model and its new axes.
 
     ``prove`` gets the new axes once the model is changed, and returns them; if it raises, the model is restored.
-    ``PlanError`` for gradient hooks, and optimisers that cannot follow, is raised before anything is changed.
+    ``PlanError`` for gradient hooks, and optimizers that cannot follow, is raised before anything is changed.
     """
     parameters = dict(model.named_parameters())
     replaced = {name: parameters[name] for name in ready.values if name in parameters}
@@ -210,10 +210,10 @@ def _axes_after(axes: AxisGraph, ready: Prepared) -> AxisGraph:
     )
 
 
-# Names of first moments in optimiser state: new entries get 0
+# Names of first moments in optimizer state: new entries get 0
 FIRST_MOMENTS = frozenset({"exp_avg", "momentum_buffer", "grad_avg"})
 
-# Names of second moments in optimiser state: new entries get the mean of the kept ones
+# Names of second moments in optimizer state: new entries get the mean of the kept ones
 SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "acc_delta", "exp_inf"})
 
 
@@ -229,11 +229,11 @@ class Exchange:
 def prepare_optimizers(
     optimizers: Sequence[Optimizer], exchanged: Sequence[Exchange], added: Sequence[str] = ()
 ) -> Callable[[Mapping[str, nn.Parameter]], None]:
-    """Compute the optimisers' state after a plan; return a function that writes it, given name → new parameter.
+    """Compute the optimizers' state after a plan; return a function that writes it, given name → new parameter.
 
     Of ``exchanged`` parameters those without a new one are left out. ``added``: the names of biases that the plan adds,
     which join the group of their weight. Groups, their settings and their order stay, so learning-rate schedulers keep
-    working. Raises ``PlanError`` if an optimiser cannot follow.
+    working. Raises ``PlanError`` if an optimizer cannot follow.
     """
     for optimizer in optimizers:
         if hasattr(optimizer, "_params"):
@@ -269,13 +269,13 @@ def prepare_optimizers(
 
 
 def _resize_state(key: str, value: object, exchange: Exchange) -> object:
-    """Return the entry ``key`` of a parameter's optimiser state after a plan; ``PlanError`` if it cannot follow."""
+    """Return the entry ``key`` of a parameter's optimizer state after a plan; ``PlanError`` if it cannot follow."""
     if not isinstance(value, Tensor) or value.dim() == 0:  # such as the number of steps
         return value
     if value.shape != exchange.old.shape or key not in FIRST_MOMENTS | SECOND_MOMENTS:
         raise PlanError(
-            f"the optimiser's {key!r} of {exchange.name}, of shape {tuple(value.shape)}, cannot follow a change of "
-            "shape; make a new optimiser after the change"
+            f"the optimizer's {key!r} of {exchange.name}, of shape {tuple(value.shape)}, cannot follow a change of "
+            "shape; make a new optimizer after the change"
         )
     with torch.no_grad():
         return resize_moment(value, exchange.layouts, mean=key in SECOND_MOMENTS)

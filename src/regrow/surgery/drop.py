@@ -68,7 +68,7 @@ def without_branches(
     """Context manager in which placeholders replace the branches that a plan drops; undone if the body raises.
 
     Yields the axes without the branches, the plan without dropping them, and the undo store without their part, or
-    ``None``. After the body the branches' parameters leave the optimisers, and ``undo`` gets the branches. Raises
+    ``None``. After the body the branches' parameters leave the optimizers, and ``undo`` gets the branches. Raises
     ``PlanError`` unless the rest of the network does the same without them.
     """
     if undo is not None:
@@ -111,8 +111,8 @@ def restore_branches(
         raise PlanError("one plan brings branches back or changes units; make two")
     if optimizers:
         raise PlanError(
-            "no optimiser can follow a branch that comes back, for no group of it is known; apply the plan without, "
-            "then give the optimiser its parameters (add_param_group)"
+            "no optimizer can follow a branch that comes back, for no group of it is known; apply the plan without, "
+            "then give the optimizer its parameters (add_param_group)"
         )
     new_axes, new_undo = axes, undo
     modules: dict[str, nn.Module] = {}

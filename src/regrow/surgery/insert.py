@@ -42,8 +42,8 @@ def with_inserted_blocks(
     """
     if optimizers:
         raise PlanError(
-            "no optimiser can follow blocks that are inserted, for no group of theirs is known; apply the plan "
-            "without, then give the optimiser their parameters (add_param_group)"
+            "no optimizer can follow blocks that are inserted, for no group of theirs is known; apply the plan "
+            "without, then give the optimizer their parameters (add_param_group)"
         )
     if undo is not None:
         undo.check_network(axes)

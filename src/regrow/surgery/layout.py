@@ -248,7 +248,7 @@ def _fill(
 
 
 def resize_moment(tensor: Tensor, layouts: Mapping[int, Layout], mean: bool) -> Tensor:
-    """Return an optimiser's moment or a gradient after a plan; new entries are 0 or (``mean``) the kept ones' mean."""
+    """Return an optimizer's moment or a gradient after a plan; new entries are 0 or (``mean``) the kept ones' mean."""
     for dim, layout in layouts.items():
         tensor = tensor.index_select(dim, layout.source.to(tensor.device))
         if not bool(layout.is_new.any()):

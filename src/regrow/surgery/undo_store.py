@@ -40,7 +40,7 @@ class UndoStore:
     """Weights that cuts removed, to restore them exactly; give it to every :func:`regrow.apply` from the first cut on.
 
     Entries are addressed by unit ids along each dimension, so the order in which units were cut does not matter. It
-    needs one full-size CPU copy of each tensor that a cut reached, plus one byte per entry. Optimiser moments are not
+    needs one full-size CPU copy of each tensor that a cut reached, plus one byte per entry. Optimizer moments are not
     kept. A plan that rewrites weights that stay (compensates for dropped inputs, or changes the divisor of a norm or
     attention scale) empties it of units: those that were cut until then cannot be restored.
 

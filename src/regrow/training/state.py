@@ -167,7 +167,7 @@ def write_checkpoint(
     parts: dict[str, Tensor] = {f"model {name}": value for name, value in weights.items()}
     parts |= {f"learner {name}": tensor.values for name, tensor in tensors.items()}
     moments = {f"{key} {name}": value for name, entries in state.moments.items() for key, value in entries.items()}
-    parts |= {f"optimiser {name}": value for name, value in moments.items() if isinstance(value, Tensor)}
+    parts |= {f"optimizer {name}": value for name, value in moments.items() if isinstance(value, Tensor)}
     if undo is not None:
         parts |= {f"undo_store {name}": value for name, value in undo.contents().items()}
     fields: tuple[str, ...] = ("number", "epoch", "step", "before")
@@ -205,7 +205,7 @@ def read_checkpoint(
         record = convert(header, schemas.CourseHeader)
         state = _stored_progress(record, history, learner)
         model, axes = replay(model, axes, state.plans, undo)
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "learner": {}, "optimiser": {}, "undo_store": {}}
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "learner": {}, "optimizer": {}, "undo_store": {}}
         for name, value in tensors.items():
             part, _, rest = name.partition(" ")
             parts[part][rest] = value
@@ -221,7 +221,7 @@ def read_checkpoint(
             for name, (dims, lr) in record.along.items()
         }
         moments: dict[str, dict[str, Any]] = {}
-        for key, number in {**parts["optimiser"], **record.numbers}.items():
+        for key, number in {**parts["optimizer"], **record.numbers}.items():
             moment, _, name = key.partition(" ")
             moments.setdefault(name, {})[moment] = number
         learned = restore_state(learner, learner_tensors, record.values)

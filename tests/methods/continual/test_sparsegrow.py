@@ -205,11 +205,11 @@ def test_adaptcl_keeps_what_its_thresholds_predict(tasks: list[Task]) -> None:
 def _threshold_after(steps: int, lr: float, alpha: float) -> float:
     """SGD with Nesterov momentum 0.9 on α·exp(−t)."""
     t = torch.zeros((), requires_grad=True)
-    optimiser = torch.optim.SGD([t], lr=lr, momentum=0.9, nesterov=True)
+    optimizer = torch.optim.SGD([t], lr=lr, momentum=0.9, nesterov=True)
     for _ in range(steps):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         (alpha * torch.exp(-t)).backward()
-        optimiser.step()
+        optimizer.step()
     return float(t.detach())
 
 
@@ -234,7 +234,7 @@ def test_without_growth_it_is_adaptcl(tasks: list[Task]) -> None:
         context = Context(plain, axes, task, number)
         levels = {name: torch.zeros((), requires_grad=True) for name in weights}
         groups = [{"params": [*parameters.values()]}, {"params": [*levels.values()], "lr": 0.01}]
-        optimiser = torch.optim.SGD(groups, lr=0.05, momentum=0.9, nesterov=True)
+        optimizer = torch.optim.SGD(groups, lr=0.05, momentum=0.9, nesterov=True)
         held = {name: p.detach().clone() for name, p in parameters.items()}
 
         def cut() -> None:
@@ -244,13 +244,13 @@ def test_without_growth_it_is_adaptcl(tasks: list[Task]) -> None:
 
         for epoch in range(4):
             for batch in task.train.batches(64, seed=context.generator(epoch).initial_seed()):
-                optimiser.zero_grad()
+                optimizer.zero_grad()
                 cut()
                 loss = torch.nn.functional.cross_entropy(plain(batch.inputs), batch.labels)
                 for level in levels.values():
                     loss = loss + 1e-3 * torch.exp(-level)
                 loss.backward()
-                optimiser.step()
+                optimizer.step()
                 with torch.no_grad():
                     for name, parameter in parameters.items():
                         parameter.copy_(torch.where(owned[name], held[name], parameter))
