@@ -16,7 +16,8 @@ from regrow.methods import LEARNERS
 from regrow.methods.continual import sparsegrow
 from regrow.nets.vision import small
 from regrow.protection import learner as protection_learner
-from regrow.protection.factors import measure_factors, measure_surrogate, read_inputs
+from regrow.protection.factors import measure_factors, read_inputs, read_surrogates
+from regrow.protection.growth import estimate_moments
 from regrow.protection.guards import apply_guards, build_guards
 from regrow.protection.low_rank import compress_factors, expand_factors
 from regrow.tracing import trace
@@ -252,16 +253,29 @@ def test_compressed_factors_keep_to_their_bytes_and_the_diagonal(spec: str) -> N
 
 def test_surrogate_inputs_have_the_moments_of_earlier_tasks() -> None:
     fitted = learned("laplace", tasks=TASKS[:1])
-    context = Context(fitted.model, fitted.axes, TASKS[1], number=1)
-    found = measure_surrogate(fitted.state.learner.factors, context, 20_000, torch.Generator().manual_seed(0))
-    kept = fitted.state.learner.factors
-    error = (found["1.weight"][:-1, :-1] - kept["1.weight inputs"].values).norm() / kept[
-        "1.weight inputs"
-    ].values.norm()
-    behind = found["3.weight"][:-1, :-1].diagonal().sum() / kept["3.weight inputs"].values.diagonal().sum()
-    assert float(error) < 0.05 and 0.8 < float(behind) < 1.25
+    context, kept = Context(fitted.model, fitted.axes, TASKS[1], number=1), fitted.state.learner.factors
+    found = read_surrogates(kept, context, 20_000, torch.Generator().manual_seed(0))
+    moments = {name: rows.T @ rows / len(rows) for name, rows in found.items()}
+    first = kept["1.weight inputs"].values
+    assert float((moments["1.weight"][:-1, :-1] - first).norm() / first.norm()) < 0.05
+    behind = moments["3.weight"].diagonal()[:-1].sum() / kept["3.weight inputs"].values.diagonal().sum()
+    assert 0.8 < float(behind) < 1.25
     rows = read_inputs(fitted.model, TASKS[0].train.take(torch.arange(5)), ["1.weight"])["1.weight"]
     torch.testing.assert_close(rows[:, :-1], TASKS[0].train.inputs[:5].flatten(1))
+
+
+def test_moments_of_inputs_that_are_linear_in_others_are_exact() -> None:
+    """Moments of two tasks give those of sums of their inputs, though the rows come from another distribution."""
+    old, others = torch.randn(500, 4).double() + 1, 3 * torch.rand(400, 4).double()
+    linear, new = torch.tensor([[1.0, 2, 0, -1], [0, 1, 1, 0]]).double(), torch.tensor([False] * 4 + [True] * 2)
+
+    def rows(inputs: torch.Tensor) -> torch.Tensor:
+        return torch.cat([inputs, inputs @ linear.T, torch.ones(len(inputs), 1)], 1)
+
+    exact = 2 * rows(old).T @ rows(old) / len(old)
+    moments = torch.where(torch.cat([new, new[:1]]) | torch.cat([new, new[:1]])[:, None], 0, exact)
+    estimate_moments(moments, rows(others), new, tasks=2)
+    torch.testing.assert_close(moments, exact, rtol=0.02, atol=0.05)
 
 
 def test_boundaries_are_detected_where_tasks_change() -> None:

@@ -165,30 +165,24 @@ def read_inputs(model: nn.Module, examples: Examples, names: Iterable[str]) -> d
     return sums.rows
 
 
-@torch.no_grad()
-def measure_surrogate(factors: Factors, context: Context, count: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Return A of layers, by name of their weights, on ``count`` inputs that are drawn in the place of earlier ones.
+def read_surrogates(factors: Factors, context: Context, count: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Return :func:`read_inputs` of layers with factors on ``count`` inputs in the place of those of earlier tasks.
 
     They are normal, with the means and second moments of the inputs of the first layer, which must be linear and read
     the network's inputs as they are; ``{}`` for other networks. Source: ours.
     """
-    model, example = context.model, context.task.train.take(torch.arange(1)).inputs
-    first = next(iter(layers_of(factors)), "")
-    bias = factors.get(f"{first} bias")
+    layers, example = layers_of(factors), context.task.train.take(torch.arange(1)).inputs
+    bias = factors.get(f"{layers[0]} bias") if layers else None
     if not context.number or bias is None or not isinstance(example, Tensor) or not example.is_floating_point():
         return {}
     if bias.values.numel() != example[0].numel():
         return {}
     mean = bias.values.double() / context.number
-    moments = factors[f"{first} inputs"].values.double() / context.number - torch.outer(mean, mean)
+    moments = factors[f"{layers[0]} inputs"].values.double() / context.number - torch.outer(mean, mean)
     values, vectors = torch.linalg.eigh(moments)
     noise = torch.randn(count, len(mean), generator=generator, dtype=torch.float64).to(mean)
-    inputs = mean + (noise * values.clamp_min(0).sqrt()) @ vectors.T
-    sums = _FactorSums({id(model.get_parameter(name)): name for name in layers_of(factors)})
-    sums.examples = count
-    with evaluation_mode(model), sums:
-        run_network(model, inputs.to(example).view(count, *example.shape[1:]))
-    return {name: total / count for name, total in sums.inputs.items()}
+    inputs = (mean + (noise * values.clamp_min(0).sqrt()) @ vectors.T).to(example).view(count, *example.shape[1:])
+    return read_inputs(context.model, Examples(inputs, torch.zeros(count)), layers)
 
 
 def _sum_products(rows: Tensor, largest: int = LARGEST) -> Tensor:

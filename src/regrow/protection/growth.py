@@ -18,8 +18,8 @@ from regrow.protection.factors import (
     diagonal_of,
     layer_parameters,
     layers_of,
-    measure_surrogate,
     read_inputs,
+    read_surrogates,
 )
 from regrow.protection.guards import input_moments, side_by_side, write_rows
 from regrow.surgery import fit_new_units
@@ -29,6 +29,8 @@ from regrow.training.learner import Boundary, Context, Stream
 
 ORIGIN = {"method": "growth"}
 SURROGATES = 2000  # inputs that are drawn in the place of those of earlier tasks
+RIDGE = 1e-3  # of a least-squares map, relative to the mean square of its inputs
+IMPORTANCE = 0.1  # of new units to earlier tasks, as a fraction of the mean, where their inputs' moments are estimated
 
 
 @dataclass(frozen=True)
@@ -67,13 +69,16 @@ class Growth:
 NO_GROWTH = Growth("never", 0.0, 1, 1.0, "random", 0.0, 0)
 
 
-def weigh_new_units(factors: Factors, context: Context, *, share: float = 0.0, surrogate: bool = False) -> None:
+def weigh_new_units(
+    factors: Factors, context: Context, *, share: float = 0.0, importance: float = 1.0, surrogate: bool = False
+) -> None:
     """Give new units an importance in the factors of earlier tasks, in place, so that guards protect their weights.
 
     As outputs of their layer (the diagonal of B) they get the mean of the others. Hidden units that were inactive in
     all earlier tasks get it too; network outputs do not: a class that no task has had is free. As inputs of the layers
-    behind (A), they get what the network gives on surrogate inputs (:func:`~.factors.measure_surrogate`), if there are
-    any; else, behind a norm that rescales groups of units (GroupNorm), ``share`` of the mean: they are active there.
+    behind (A), they get moments that are estimated on surrogate inputs (:func:`~.factors.read_surrogates`), if there
+    are any: then ``importance`` times the mean of B is enough. Else, behind a norm that rescales groups of units
+    (GroupNorm), they get ``share`` of the mean: they are active there.
     """
     modules = dict(context.model.named_modules())
     norms = {path for path, module in modules.items() if isinstance(module, GroupNorm | _InstanceNorm)}
@@ -81,23 +86,42 @@ def weigh_new_units(factors: Factors, context: Context, *, share: float = 0.0, s
         axis.key for axis in context.axes.units() if any(slot.name.rpartition(".")[0] in norms for slot in axis.slots)
     }
     generator = context.generator(Stream.CALIBRATION)
-    expected = measure_surrogate(factors, context, SURROGATES, generator) if surrogate else {}
+    rows = read_surrogates(factors, context, SURROGATES, generator) if surrogate else {}
     for name in layers_of(factors):
         diagonal = diagonal_of(factors[f"{name} outputs"].values)
         new = diagonal == 0
         if name not in context.head:
-            diagonal[new] = diagonal[~new].mean() if not bool(new.all()) else 1.0
+            diagonal[new] = (importance if rows else 1.0) * (diagonal[~new].mean() if not bool(new.all()) else 1.0)
         if (bias := factors.get(f"{name} bias")) is None:
             continue
         count = bias.values.numel()
         inputs = factors[f"{name} inputs"].values.view(count, count)
         unread = inputs.diagonal() == 0
-        if name in expected and bool(unread.any()):
-            moments = context.number * expected[name]
-            inputs[unread], inputs[:, unread] = moments[:-1, :-1][unread], moments[:-1, :-1][:, unread]
-            bias.values.view(-1)[unread] = moments[:-1, -1][unread]
+        if name in rows and bool(unread.any()):
+            moments = input_moments(factors, name, context.number)
+            estimate_moments(moments, rows[name], unread, context.number)
+            inputs.copy_(moments[:-1, :-1])
+            bias.values.view(-1).copy_(moments[:-1, -1])
         elif rescaled & set(axes_in(context.axes.shapes[name][1])) and not bool(unread.all()):
             inputs.diagonal()[unread] = share * inputs.diagonal()[~unread].mean()
+
+
+def estimate_moments(moments: Tensor, rows: Tensor, new: Tensor, tasks: int) -> None:
+    """Set A of new inputs of a layer, in place: as linear functions of the old ones, and the rest as on ``rows``.
+
+    A_new,old = Cᵀ A_old and A_new = Cᵀ A_old C + tasks · E[r rᵀ], with C the least-squares map from the old inputs of
+    ``rows``, ``[count, n + 1]``, to the new ones, and r what it leaves. ``moments``: A, ``[n + 1, n + 1]``, summed over
+    ``tasks``; ``new``: ``[n]`` bool. Source: ours.
+    """
+    old, added = torch.cat([~new, new.new_ones(1)]).nonzero()[:, 0], new.nonzero()[:, 0]
+    known, values = rows[:, old].double(), rows[:, added].double()
+    products = known.T @ known
+    products.diagonal().add_(RIDGE * products.diagonal().mean())
+    linear = torch.linalg.solve(products, known.T @ values)
+    left = values - known @ linear
+    cross = moments[old[:, None], old].double() @ linear
+    moments[old[:, None], added], moments[added[:, None], old] = cross.to(moments), cross.T.to(moments)
+    moments[added[:, None], added] = (linear.T @ cross + tasks / len(rows) * left.T @ left).to(moments)
 
 
 def direct_new_units(factors: Factors, context: Context, plan: Plan, directions: str, strength: float) -> None:

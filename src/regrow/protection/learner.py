@@ -11,6 +11,7 @@ from regrow.core.plan import Plan
 from regrow.protection.drift import LossWatch, with_recent_examples
 from regrow.protection.factors import Factors
 from regrow.protection.growth import (
+    IMPORTANCE,
     NO_GROWTH,
     ORIGIN,
     Growth,
@@ -113,7 +114,7 @@ def build_learner(protection: Protection) -> Learner[ProtectionState]:
         if plan.origin == ORIGIN:
             direct_new_units(factors, counted, plan, protection.growth.directions, protection.growth.strength)
             fit_to_task(context, plan)
-        weigh_new_units(factors, counted, surrogate=True)
+        weigh_new_units(factors, counted, importance=IMPORTANCE, surrogate=True)
         anchor = extend_anchor(state.anchor, context, boundary)
         state = replace(state, factors=keep(factors, context), anchor=anchor)
         return guard(replace(state, calm=extend_anchor(state.calm, context, boundary)), context)
