@@ -215,7 +215,7 @@ def plan_growth(
     result: dict[str, int] = {}
     for axis in exhausted:
         added = ceil(ceil(share * base[axis.key]) / multiple) * multiple
-        if axes.count_entries(names, {**sizes, axis.key: axis.size + added}) <= most:
+        if added and axes.count_entries(names, {**sizes, axis.key: axis.size + added}) <= most:
             sizes[axis.key] += added
             result[axis.key] = added
     return result

@@ -47,7 +47,15 @@ class LossWatch:
 
 
 def with_recent_examples(context: Context, rows: Mapping[str, AxisTensor], seen: int) -> Context:
-    """Return a context whose task has the examples of a replay memory, to which ``seen`` were offered, to train on."""
+    """Return a context whose task has the examples of a replay memory, to which ``seen`` were offered, to train on.
+
+    Of the classes of the present task, predictions are made among those that the examples have.
+    """
     stored: dict[str, Tensor] = {name: tensor.values[:seen] for name, tensor in rows.items()}
     examples = Examples(inputs_of(stored), stored["labels"])
-    return replace(context, task=replace(context.task, train=examples))
+    classes = context.classes
+    if classes is not None:
+        classes = classes.clone()
+        classes[list(context.task.classes)] = False
+        classes[examples.labels[examples.labels >= 0].to(classes.device)] = True
+    return replace(context, task=replace(context.task, train=examples), classes=classes)

@@ -182,7 +182,8 @@ def read_surrogates(factors: Factors, context: Context, count: int, generator: t
     values, vectors = torch.linalg.eigh(moments)
     noise = torch.randn(count, len(mean), generator=generator, dtype=torch.float64).to(mean)
     inputs = (mean + (noise * values.clamp_min(0).sqrt()) @ vectors.T).to(example).view(count, *example.shape[1:])
-    return read_inputs(context.model, Examples(inputs, torch.zeros(count)), layers)
+    rows = read_inputs(context.model, Examples(inputs, torch.zeros(count)), layers)
+    return rows if torch.allclose(rows[layers[0]][:, :-1], widen(inputs.flatten(1))) else {}
 
 
 def _sum_products(rows: Tensor, largest: int = LARGEST) -> Tensor:

@@ -70,7 +70,7 @@ NO_GROWTH = Growth("never", 0.0, 1, 1.0, "random", 0.0, 0)
 
 
 def weigh_new_units(
-    factors: Factors, context: Context, *, share: float = 0.0, importance: float = 1.0, surrogate: bool = False
+    factors: Factors, context: Context, *, share: float = 0.1, importance: float = 1.0, surrogate: bool = False
 ) -> None:
     """Give new units an importance in the factors of earlier tasks, in place, so that guards protect their weights.
 
@@ -152,7 +152,8 @@ def direct_new_units(factors: Factors, context: Context, plan: Plan, directions:
             pairs = torch.randint(len(inputs[entries.name]), (2, len(where)), generator=generator).to(now.device)
             pairs[1] += pairs[0] == pairs[1]  # no input beside itself
             first, second = (inputs[entries.name][part % len(inputs[entries.name])] for part in pairs)
-            now[where] = (first - second) * reads
+            change = (first - second) * reads
+            now[where] = torch.where(change.any(1, keepdim=True), change, now[where])  # equal inputs have none
         now[where] = project_rows(moments, now[where], reads, strength)
         write_rows(parameters, now)
     for entries in outgoing:

@@ -27,7 +27,6 @@ class Guard:
     names: Sequence[str]  # of the weight and the bias, or of one parameter
     curvature: Tensor  # [m, n + 1], or of the parameter's shape
     inputs: Tensor | None  # the eigenvectors of A, [n + 1, n + 1]; None: A is a diagonal
-    input_curvature: Tensor | None  # λ_A, [n + 1]
     outputs: Tensor | None  # the eigenvectors of B, [m, m]; None: B is a diagonal
     anchor: Tensor  # weight and bias at the end of the last task, side by side, [m, n + 1]
     last: Tensor  # the same after the guard was last applied; changes in place
@@ -78,12 +77,12 @@ def build_guards(
         outputs = factors[f"{name} outputs"].values / context.number
         diagonal_of(outputs).add_(head.get(name, damping))
         (l_a, q_a), (l_b, q_b) = (_decompose(factor, is_low) for factor in (inputs, outputs))
-        guards[name] = _place(names, l_b[:, None] * l_a, (q_a, l_a, q_b), context, anchor)
+        guards[name] = _place(names, l_b[:, None] * l_a, (q_a, q_b), context, anchor)
     for key in (key for key in factors if key.endswith(" diagonal")):
         name = key.removesuffix(" diagonal")
         if name not in skip:
             curvature = side_by_side([factors[key].values])
-            guards[name] = _place([name], curvature, (None, None, None), context, anchor)
+            guards[name] = _place([name], curvature, (None, None), context, anchor)
     return guards
 
 
@@ -109,7 +108,13 @@ def _decompose(factor: Tensor, is_low: bool) -> tuple[Tensor, Tensor | None]:
     """
     if factor.dim() == 1:
         return factor, None
-    values, vectors = torch.linalg.eigh(factor if is_low and len(factor) >= LARGE else factor.double())
+    try:
+        values, vectors = torch.linalg.eigh(factor if is_low and len(factor) >= LARGE else factor.double())
+        fine = bool(vectors.isfinite().all())
+    except RuntimeError:  # float32 does not converge where many entries are 0
+        fine = False
+    if not fine:
+        values, vectors = torch.linalg.eigh(factor.double())
     return values.clamp_min(0).to(factor), lower_precision(vectors.to(factor), is_low)
 
 
@@ -127,11 +132,11 @@ def multiply(left: Tensor, right: Tensor) -> Tensor:
 def _place(
     names: Sequence[str],
     curvature: Tensor,
-    bases: tuple[Tensor | None, Tensor | None, Tensor | None],
+    bases: tuple[Tensor | None, Tensor | None],
     context: Context,
     anchor: Mapping[str, AxisTensor],
 ) -> Guard:
-    """Return a guard of parameters as they are now; ``bases``: eigenvectors and values of A, eigenvectors of B."""
+    """Return a guard of parameters as they are now; ``bases``: eigenvectors of A and B."""
     rows = side_by_side([anchor[name].values for name in names])
     if rows.shape[1] < curvature.shape[1]:  # a layer without a bias
         rows = torch.cat([rows, rows.new_zeros(len(rows), 1)], 1)

@@ -100,7 +100,7 @@ def build_learner(protection: Protection) -> Learner[ProtectionState]:
                 for name, tensor in state.calm.items():
                     context.model.get_parameter(name).copy_(tensor.values)
             state = consolidate(state, with_recent_examples(context, state.rows, state.seen), state.calm)
-            return guard(replace(state, watch=LossWatch(), rows={}, seen=0), context)
+            return guard(replace(state, watch=LossWatch(), rows={}, seen=0, unguarded=0), context)
         if watch.jumps:
             return replace(state, watch=watch)
         rows = {**name_inputs(step.batch.inputs), "labels": step.batch.labels}
@@ -116,8 +116,7 @@ def build_learner(protection: Protection) -> Learner[ProtectionState]:
             fit_to_task(context, plan)
         weigh_new_units(factors, counted, importance=IMPORTANCE, surrogate=True)
         anchor = extend_anchor(state.anchor, context, boundary)
-        state = replace(state, factors=keep(factors, context), anchor=anchor)
-        return guard(replace(state, calm=extend_anchor(state.calm, context, boundary)), context)
+        return guard(replace(state, factors=keep(factors, context), anchor=anchor), context)
 
     def plan(state: ProtectionState, context: Context) -> tuple[Plan | None, ProtectionState]:
         return protection.growth.plan(context, state.base), state

@@ -55,15 +55,15 @@ def _is_square(key: str, factor: AxisTensor) -> bool:
 def _compress(key: str, factor: AxisTensor, rank: int) -> dict[str, AxisTensor]:
     half = len(factor.dims) // 2
     dims, shape = factor.dims[:half], factor.values.shape[:half]
-    matrix = factor.values.reshape(shape.numel(), -1)
+    matrix = factor.values.reshape(shape.numel(), -1).double()  # float32 fails where many entries are 0
     values, vectors = torch.linalg.eigh(matrix)
     leading = (vectors * values.clamp_min(0).sqrt())[:, len(values) - rank :]
     share = (matrix.diagonal() / leading.square().sum(1)).sqrt().clamp_max(1)  # below 1 by rounding, as of unused units
     leading = (leading * share.nan_to_num(0)[:, None]).bfloat16()
     rest = (matrix.diagonal() - leading.to(matrix).square().sum(1)).clamp_min(0)
     return {
-        key + LEADING: AxisTensor(leading.reshape(*shape, rank), (*dims, rank)),
-        key + REST: AxisTensor(rest.reshape(shape), dims),
+        key + LEADING: AxisTensor(leading.reshape(*shape, rank).contiguous(), (*dims, rank)),  # as after a checkpoint
+        key + REST: AxisTensor(rest.reshape(shape).to(factor.values), dims),
     }
 
 

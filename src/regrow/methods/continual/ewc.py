@@ -13,7 +13,7 @@ import torch
 
 from regrow.core.axes.axis import AxisTensor
 from regrow.core.objectives import select_logits
-from regrow.protection.factors import Factors, sample_log_likelihood
+from regrow.protection.factors import Factors, sample_log_likelihood, widen
 from regrow.protection.learner import Protection, ProtectionState, build_learner
 from regrow.scoring.gradients import evaluation_mode
 from regrow.settings.constraints import CheckedSettings, Count, Fraction, NonNegative
@@ -46,7 +46,7 @@ def build(settings: Settings) -> Learner[ProtectionState]:
 def _add_fisher(settings: Settings, factors: Factors, context: Context) -> dict[str, AxisTensor]:
     """Return the diagonals of the Fisher information with that of the present task, per label; clear gradients."""
     parameters = context.parameters()
-    fisher = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    fisher = {name: widen(torch.zeros_like(p)) for name, p in parameters.items()}
     order = torch.randperm(len(context.task.train), generator=context.generator(Stream.FISHER_EXAMPLES))
     generator = context.generator(Stream.FISHER_LABELS)
     chosen = order[: settings.samples].tolist()
@@ -60,7 +60,7 @@ def _add_fisher(settings: Settings, factors: Factors, context: Context) -> dict[
             sample_log_likelihood(logits, generator).backward()
             for name, parameter in parameters.items():
                 if parameter.grad is not None:
-                    fisher[name] += parameter.grad.square() / (len(chosen) * len(logits))
+                    fisher[name] += widen(parameter.grad).square() / (len(chosen) * len(logits))
     context.model.zero_grad(set_to_none=True)
     result = {}
     for name, value in fisher.items():

@@ -138,4 +138,5 @@ def _find_directions(moments: Tensor, old: Tensor, energy: float) -> Tensor:
     held = (total - values.sum() + values.cumsum(0)) / total
     missing = energy - (1 - values.sum() / total)
     count = int((held < energy).sum()) + 1 if float(missing) > 0 else 0
+    count = min(count, int((values > 1e-9 * total).sum()))  # the others are of rounding, or within ``old``
     return vectors.flip(1)[:, :count]

@@ -58,7 +58,7 @@ class Settings(CheckedSettings):
     multiple: Count = 1
     cap: Annotated[float, Range(1)] = 1.5
     directions: Annotated[str, OneOf("data", "projected", "random")] = "data"
-    seed: int = 0
+    seed: Annotated[int, Range(0)] = 0
 
 
 def build(settings: Settings) -> Learner[ProtectionState]:

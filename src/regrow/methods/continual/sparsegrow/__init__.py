@@ -123,7 +123,7 @@ class Settings(CheckedSettings):
     strength_factor: Fraction = 0.01
     asymmetric_loss: bool = True
     lr: float = 0.01
-    seed: int = 0
+    seed: Annotated[int, Range(0)] = 0
 
 
 def build(settings: Settings) -> Learner[SparseGrowState]:
