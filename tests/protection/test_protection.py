@@ -206,6 +206,11 @@ def test_gpm_changes_no_answer_to_the_inputs_of_its_basis(how: dict[str, Any]) -
     assert found.shape[1] > columns.shape[1]
 
 
+def test_gpm_that_keeps_everything_has_orthonormal_directions() -> None:
+    found = learned("gpm", energy=1.0, first_energy=1.0).state.learner.columns("1.weight")
+    torch.testing.assert_close(found.T @ found, torch.eye(found.shape[1]), atol=1e-4, rtol=0)
+
+
 def test_gpm_in_bfloat16_keeps_its_answers_to_a_part_of_what_it_learns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounded directions let 1 % of a task's change into the span of the basis, at most."""
     monkeypatch.setattr("regrow.protection.guards.LARGE", 60)
@@ -262,6 +267,40 @@ def test_surrogate_inputs_have_the_moments_of_earlier_tasks() -> None:
     assert 0.8 < float(behind) < 1.25
     rows = read_inputs(fitted.model, TASKS[0].train.take(torch.arange(5)), ["1.weight"])["1.weight"]
     torch.testing.assert_close(rows[:, :-1], TASKS[0].train.inputs[:5].flatten(1))
+
+
+def test_networks_that_normalise_their_inputs_have_no_surrogates() -> None:
+    """The first layer's moments are not those of the network's inputs there."""
+    net = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
+    axes, learner = trace(net, TASKS[0].train.inputs[:2]), LEARNERS["laplace"].create("laplace", {})
+    fitted = learn(net, axes, TASKS[:1], learner, SCHEDULE)
+    context = Context(fitted.model, fitted.axes, TASKS[1], number=1)
+    assert read_surrogates(fitted.state.learner.factors, context, 100, torch.Generator().manual_seed(0)) == {}
+
+
+@pytest.mark.parametrize("method", ["laplace", "sparsegrow"])
+def test_new_units_have_weights_where_most_inputs_are_equal(method: str) -> None:
+    """On a black ground, most patches that a convolution reads are the same."""
+    tasks = [replace(task, train=on_black(task.train), test=on_black(task.test)) for task in TASKS]
+    net = nn.Sequential(nn.Conv2d(1, 8, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 121, 10))
+    when = {"grow": "start"} if method == "laplace" else {"grow": "always", "multiple": 1}
+    learner = LEARNERS[method].create(method, {"width": 1.0, "cap": 4.0, **when})
+    fitted = learn(net, trace(net, tasks[0].train.inputs[:2]), tasks, learner, SCHEDULE)
+    weight = fitted.model.get_parameter("0.weight")
+    assert len(weight) == 16 and bool(weight[8:].flatten(1).any(1).all())
+
+
+def on_black(examples: Examples) -> Examples:
+    return Examples(nn.functional.pad(examples.inputs.view(-1, 1, 8, 8), (8, 8, 8, 8)), examples.labels)
+
+
+def test_factors_with_many_unused_inputs_are_compressed() -> None:
+    """Eigenvalues in float32 do not converge on them, or are NaN."""
+    rows = torch.randn(500, 600, generator=torch.Generator().manual_seed(0)).relu()
+    rows[:, :540] = 0
+    factor = AxisTensor(rows.T @ rows / 500, (600, 600))
+    again = expand_factors(compress_factors({"w inputs": factor}, factor.values.nbytes / 4))["w inputs"]
+    torch.testing.assert_close(again.values, factor.values, rtol=0.02, atol=0.02)
 
 
 def test_moments_of_inputs_that_are_linear_in_others_are_exact() -> None:
