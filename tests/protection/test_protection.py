@@ -296,8 +296,8 @@ def on_black(examples: Examples) -> Examples:
 
 def test_factors_with_many_unused_inputs_are_compressed() -> None:
     """Eigenvalues in float32 do not converge on them, or are NaN."""
-    rows = torch.randn(500, 600, generator=torch.Generator().manual_seed(0)).relu()
-    rows[:, :540] = 0
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(500, 600, generator=generator).relu() * (torch.rand(600, generator=generator) > 0.9)
     factor = AxisTensor(rows.T @ rows / 500, (600, 600))
     again = expand_factors(compress_factors({"w inputs": factor}, factor.values.nbytes / 4))["w inputs"]
     torch.testing.assert_close(again.values, factor.values, rtol=0.02, atol=0.02)
